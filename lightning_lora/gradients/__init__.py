@@ -1,0 +1,1 @@
+"""The ways to compute the gradients of A and B."""

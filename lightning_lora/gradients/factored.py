@@ -1,0 +1,143 @@
+"""Y = X W0 + s Z B with Z = X A^T, and its gradients from thin products only (seed, eqs. lora-2 and grad-2).
+
+With b rows of X, torch's layout W0 (m, n), and rank-major A (r, n), B (r, m):
+
+    Z  = X A^T                 (b, r)
+    Y  = X W0^T + s Z B        (b, m)
+    dZ = s dY B^T              (b, r)
+    dX = dY W0 + dZ A          (b, n)
+    dA = dZ^T X                (r, n)
+    dB = s Z^T dY              (r, m)
+
+No dL/dW, which is (m, n), is ever formed. Both sums are epilogues in place, so nothing of size (b, m) or (b, n) is
+allocated besides Y and dX. With dropout, X is masked where it meets A and nowhere else; 1/(1 - p) joins s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.adapters import Adapter
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool) -> Tensor:
+    """``F.linear(x, weight, bias)`` plus the increment of ``adapter``.
+
+    Args:
+        x: (..., n), any number of leading dimensions, none included.
+        weight: W0, (m, n), frozen.
+        bias: (m,) or None.
+        adapter: Its A and B are cast to the dtype in which the product is computed: that of ``x``, or autocast's.
+        training: Whether dropout applies.
+
+    Returns:
+        (..., m)
+    """
+    x, A, B = _in_one_dtype(x, adapter)
+    mask, scale = _dropout(x, adapter, training)
+    return _Linear.apply(x, weight, bias, A, B, mask, scale)
+
+
+def add(y: Tensor, x: Tensor, adapter: Adapter, training: bool) -> Tensor:
+    """``y`` plus the increment of ``adapter`` for the input ``x``, where ``y`` (..., m) is any layer's output.
+
+    ``y`` is left as it is, since the graph that made it may need it.
+    """
+    x, A, B = _in_one_dtype(x, adapter)
+    mask, scale = _dropout(x, adapter, training)
+    return _Add.apply(y, x, A, B, mask, scale)
+
+
+def _in_one_dtype(x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+        x = x.to(torch.get_autocast_dtype(device))
+    return x, adapter.A.to(x.dtype), adapter.B.to(x.dtype)
+
+
+def _dropout(x: Tensor, adapter: Adapter, training: bool) -> tuple[Tensor | None, float]:
+    if not training or adapter.dropout == 0:
+        return None, adapter.scale
+    kept = 1 - adapter.dropout
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(kept), adapter.scale / kept
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, s: float
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        z = _z(x, A, mask)
+        y.view(-1, y.shape[-1]).addmm_(z, B, alpha=s)
+        ctx.save_for_backward(x, weight, A, B, mask, z)
+        ctx.s = s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, mask, z = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+        dy = _rows(dy)
+        dz = ctx.s * (dy @ B.T)
+        dx = None
+        if need_x:
+            dx = dy @ weight.to(dy.dtype)
+            dx = dx.addmm_(dz, A) if mask is None else dx.addcmul_(dz @ A, _rows(mask).to(dx.dtype))
+            dx = dx.view(x.shape)
+        dweight = dy.T @ _rows(x) if need_weight else None  # None while W0 is frozen, as it should be
+        dbias = dy.sum(0) if need_bias else None
+        return dx, dweight, dbias, *_factors(ctx.s, x, A, mask, z, dy, dz, need_A, need_B), None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, s: float) -> Tensor:
+        z = _z(x, A, mask)
+        ctx.save_for_backward(x, A, B, mask, z)
+        ctx.s = s
+        return torch.addmm(_rows(y), z.to(y.dtype), B.to(y.dtype), alpha=s).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, mask, z = ctx.saved_tensors
+        _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        rows = _rows(dy).to(x.dtype)
+        dz = ctx.s * (rows @ B.T)
+        dx = None
+        if need_x:
+            dx = (dz @ A).view(x.shape)
+            dx = dx if mask is None else dx * mask
+        return dy, dx, *_factors(ctx.s, x, A, mask, z, rows, dz, need_A, need_B), None, None
+
+
+def _z(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """Z = X A^T, (b, r), of the masked X where there is dropout."""
+    return _rows(x if mask is None else x * mask) @ A.T
+
+
+def _factors(
+    s: float,
+    x: Tensor,
+    A: Tensor,
+    mask: Tensor | None,
+    z: Tensor,
+    dy: Tensor,
+    dz: Tensor,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA = dZ^T X and dB = s Z^T dY."""
+    if torch.is_grad_enabled():  # a gradient of these gradients must see that Z depends on X and A
+        z = _z(x, A, mask)
+    dA = dz.T @ _rows(x if mask is None else x * mask) if need_A else None
+    dB = s * (z.T @ dy) if need_B else None
+    return dA, dB

@@ -1,0 +1,50 @@
+"""Extends one module by replacing its class, and takes that back."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Swapped:
+    """Base of the mixins that :func:`swap` puts before a module's own class."""
+
+    base_class: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type[Swapped]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, so a pickle or a deep copy names the two that it is made of."""
+        _, args, *rest = super().__reduce_ex__(protocol)
+        return _new, (self.mixin, self.base_class, *args[1:]), *rest
+
+
+def swap(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Makes ``module`` an instance of ``mixin`` besides what it is."""
+    module.__class__ = _swapped_class(mixin, type(module))
+
+
+def unswap(module: nn.Module) -> None:
+    """Gives ``module`` its own class back."""
+    assert isinstance(module, Swapped)
+    module.__class__ = module.base_class  # type: ignore[assignment]
+
+
+@functools.cache
+def _swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
+    """One class for each pair, so that modules of one class stay modules of one class."""
+    attributes = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__qualname__": base.__qualname__,
+        "base_class": base,
+        "mixin": mixin,
+    }
+    return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(attributes))
+
+
+def _new(mixin: type[Swapped], base: type[nn.Module], *args: Any) -> nn.Module:
+    cls = _swapped_class(mixin, base)
+    return cls.__new__(cls, *args)

@@ -1,0 +1,164 @@
+"""One frozen, validated set of options, and what they come to for a single layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+BIASES = ("none", "all", "lora_only")
+CHECKPOINTS = ("merged", "adapter")
+ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Rule = str | Sequence[str] | None
+"""How modules are named, as in PEFT: None is no module, a string is a regular expression that must match the whole
+name, a sequence holds names or their dotted suffixes (``"q_proj"`` matches ``"layers.0.q_proj"``)."""
+
+
+def matches(name: str, rule: Rule) -> bool:
+    """Whether ``rule`` names the module called ``name``."""
+    if rule is None:
+        return False
+    if isinstance(rule, str):
+        return re.fullmatch(rule, name) is not None
+    return any(matches_suffix(name, item) for item in rule)
+
+
+def matches_suffix(name: str, suffix: str) -> bool:
+    """Whether ``suffix`` is ``name`` or ends it at a dot."""
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def matches_pattern(name: str, key: str) -> bool:
+    """PEFT's rule for the keys of ``rank_pattern``: a regular expression for the name or for a dotted suffix of it."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """A sentence that names what ``given`` may have been meant for; empty where nothing is near."""
+    allowed = list(allowed)
+    suffixes = {name.rpartition(".")[2]: None for name in allowed}
+    found = difflib.get_close_matches(given, [*suffixes, *allowed], n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What :class:`~lightning_lora.LoRA` and :func:`~lightning_lora.inject` take; the former explains each.
+
+    Raises:
+        ValueError: If an option has a value that it cannot have.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    target_modules: Rule = "all-linear"
+    exclude_modules: Rule = None
+    modules_to_save: Rule = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    use_rslora: bool = False
+    bias: str = "none"
+    dropout: float = 0.0
+    adapter_dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_rank("rank", self.rank)
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+            _check_rule(option, getattr(self, option))
+        for key, rank in _pattern("rank_pattern", self.rank_pattern).items():
+            check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        check_choice("bias", self.bias, BIASES)
+        check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"`use_rslora` must be True or False, got {self.use_rslora!r}.")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be a probability in [0, 1), got {self.dropout!r}.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"`seed` must be an int, got {self.seed!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """``adapter_dtype`` as a :class:`torch.dtype`."""
+        return getattr(torch, self.adapter_dtype)
+
+    def rank_of(self, name: str) -> int:
+        """The rank r of the layer called ``name``: the first key of ``rank_pattern`` that matches it, or ``rank``."""
+        return next((r for key, r in (self.rank_pattern or {}).items() if matches_pattern(name, key)), self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """The scale of the layer called ``name``: alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+
+        alpha defaults to whatever makes the scale 1, so that W = W0 + AB (seed, eq. 1). rsLoRA's root is from
+        Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (2023).
+        """
+        alphas = (alpha for key, alpha in (self.alpha_pattern or {}).items() if matches_pattern(name, key))
+        alpha = next(alphas, self.alpha)
+        if alpha is None:
+            return 1.0
+        rank = self.rank_of(name)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_primitives(self) -> dict[str, Any]:
+        """The options as strings, numbers, lists and dictionaries, for a checkpoint."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return dict(value)
+            return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def check_choice(option: str, given: Any, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        hint = nearest(given, allowed) if isinstance(given, str) else ""
+        raise ValueError(f"`{option}` must be one of {', '.join(map(repr, allowed))}, got {given!r}.{hint}")
+
+
+def check_rank(option: str, rank: Any) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"`{option}` must be an int of at least 1, got {rank!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_alpha(option: str, alpha: Any) -> None:
+    if not _is_number(alpha) or not 0 < alpha < math.inf:
+        raise ValueError(f"`{option}` must be a positive, finite number, got {alpha!r}.")
+
+
+def _check_rule(option: str, rule: Any) -> None:
+    if isinstance(rule, str):
+        _check_regex(option, rule)
+    elif rule is not None and not (isinstance(rule, Sequence) and all(isinstance(item, str) for item in rule)):
+        raise ValueError(f"`{option}` must be None, a regular expression or a list of names, got {rule!r}.")
+
+
+def _check_regex(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{option}` has {pattern!r}, which is not a regular expression: {error}.") from error
+
+
+def _pattern(option: str, pattern: Any) -> Mapping[str, Any]:
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+        raise ValueError(f"`{option}` must map names or regular expressions to numbers, got {pattern!r}.")
+    for key in pattern:
+        _check_regex(option, key)
+    return pattern
