@@ -74,7 +74,8 @@ class Adapter(nn.Module):
         """W0 = W - delta in the dtype of W, and a bound of every entry's error if W is what ``folded_into`` gave.
 
         Both sums are rounded once to the dtype in which they are formed and once to the dtype of W, each time by half
-        an ulp at the most: the bound is (u + u') (max|W| + max|W0|), with u, u' the two units of roundoff.
+        an ulp at the most: the bound is (u + u') (max|W| + max|W0|), with u, u' the two units of roundoff, plus the
+        smallest subnormal for what underflows.
         """
         if not self.B.any():
             return weight.detach().clone(), 0.0
@@ -83,7 +84,8 @@ class Adapter(nn.Module):
         base = (weight.to(dtype) - delta).to(weight.dtype)
         roundoff = (torch.finfo(dtype).eps + torch.finfo(weight.dtype).eps) / 2
         largest = weight.abs().max().item() + base.abs().max().item()
-        return base, roundoff * (1 + roundoff) * largest
+        subnormal = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
+        return base, roundoff * (1 + roundoff) * largest + subnormal
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to make this adapter again; tensors and primitives only."""
@@ -104,25 +106,6 @@ class Adapter(nn.Module):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads A and B. A plain state, which has neither, holds the whole weight: the increment becomes zero."""
-        if f"{prefix}A" not in state_dict and f"{prefix}B" not in state_dict:
-            with torch.no_grad():
-                self.B.zero_()
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 def _never_called(*_: Any) -> None:

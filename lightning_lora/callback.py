@@ -154,7 +154,7 @@ class LoRA(Callback):
         """Checks that what was injected will be trained, and says what it is."""
         _check_trained(trainer, pl_module)
         self._idle = set(adapters(pl_module))
-        if trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
+        if trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer)):
             print_summary(pl_module)
 
     # ---------------------------------------------------------------------------------------------------- in the run
@@ -217,24 +217,23 @@ class LoRA(Callback):
             merge(pl_module)
 
 
-class _Run(Swapped):
+class _Run(Swapped, pl.LightningModule):
     """What a LightningModule is besides itself from ``setup`` to ``teardown``: one that tells the callback."""
 
     lora_callback: LoRA
-    trainer: pl.Trainer
 
     def configure_model(self) -> None:
-        super().configure_model()  # type: ignore[misc]
-        self.lora_callback.configured(self.trainer, self)  # type: ignore[arg-type]
+        super().configure_model()
+        self.lora_callback.configured(self.trainer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        self.lora_callback.loaded(self.trainer, self, checkpoint)  # type: ignore[arg-type]
+        super().on_load_checkpoint(checkpoint)
+        self.lora_callback.loaded(self.trainer, self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The user's hook comes last and sees what it would see without adapters."""
-        self.lora_callback.saved(self.trainer, self, checkpoint)  # type: ignore[arg-type]
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        self.lora_callback.saved(self.trainer, self, checkpoint)
+        super().on_save_checkpoint(checkpoint)
 
 
 REFUSED: Mapping[type[Callback], str] = {
@@ -252,7 +251,7 @@ def _refuse_unsupported(trainer: pl.Trainer) -> None:
             f"LoRA does not support {type(trainer.strategy).__name__}, which shards or wraps the module. It supports"
             f" {' and '.join(strategy.__name__ for strategy in supported)}."
         )
-    for callback in trainer.callbacks:
+    for callback in _callbacks(trainer):
         for kind, reason in REFUSED.items():
             if isinstance(callback, kind):
                 raise MisconfigurationException(
@@ -281,6 +280,10 @@ def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                 " of them that require gradients; it is called after the adapters are put in, so do not use a list"
                 " made in `__init__`."
             )
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _check_file(path: Any) -> None:

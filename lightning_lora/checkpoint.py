@@ -37,7 +37,7 @@ State = dict[str, Any]
 def fingerprint(weight: Tensor) -> str:
     """The dtype of ``weight`` and the SHA-256 of its shape and bytes, as ``"float32:9f86..."``."""
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return f"{str(weight.dtype).removeprefix('torch.')}:{digest.hexdigest()}"
 
 
@@ -196,7 +196,7 @@ def _check_format(payload: Any) -> None:
                 f"The checkpoint's `{KEY}` entry is malformed: `{field}` is missing or no {kind.__name__}."
             )
     for name, entry in payload["adapters"].items():
-        factors = [entry.get("A"), entry.get("B")] if isinstance(entry, Mapping) else []
+        factors: list[Any] = [entry.get("A"), entry.get("B")] if isinstance(entry, Mapping) else []
         if not factors or not all(isinstance(f, Tensor) and f.dim() == 2 and f.is_floating_point() for f in factors):
             raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {name!r} has no matrices A and B.")
         if factors[0].shape[0] != factors[1].shape[0] or not isinstance(entry.get("scale"), float):

@@ -77,7 +77,12 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
         for name, target in found.modules.items()
     }
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    encoders = {name: child for name, child in module.named_modules() if isinstance(child, nn.TransformerEncoder)}
+    adapted = set(found.modules.values())
+    encoders = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.TransformerEncoder) and not adapted.isdisjoint(child.modules())
+    }
     injection = Injection(
         options=options,
         adapted=list(made),
@@ -139,4 +144,4 @@ def _set_flags(module: nn.Module, injection: Injection, adapted: bool) -> None:
         for name in names:
             module.get_parameter(name).requires_grad_(flag)
     for name in injection.unnested:
-        module.get_submodule(name).use_nested_tensor = not adapted
+        setattr(module.get_submodule(name), "use_nested_tensor", not adapted)  # noqa: B010

@@ -36,7 +36,11 @@ def matches_suffix(name: str, suffix: str) -> bool:
 
 def matches_pattern(name: str, key: str) -> bool:
     """PEFT's rule for the keys of ``rank_pattern``: a regular expression for the name or for a dotted suffix of it."""
-    return re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
+    return re.fullmatch(_suffix(key), name) is not None
+
+
+def _suffix(key: str) -> str:
+    return rf"(?:.*\.)?(?:{key})"
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
@@ -147,11 +151,11 @@ def _check_rule(option: str, rule: Any) -> None:
         raise ValueError(f"`{option}` must be None, a regular expression or a list of names, got {rule!r}.")
 
 
-def _check_regex(option: str, pattern: str) -> None:
+def _check_regex(option: str, given: str, compiled: str | None = None) -> None:
     try:
-        re.compile(pattern)
+        re.compile(given if compiled is None else compiled)
     except re.error as error:
-        raise ValueError(f"`{option}` has {pattern!r}, which is not a regular expression: {error}.") from error
+        raise ValueError(f"`{option}` has {given!r}, which is not a regular expression: {error}.") from error
 
 
 def _pattern(option: str, pattern: Any) -> Mapping[str, Any]:
@@ -161,4 +165,5 @@ def _pattern(option: str, pattern: Any) -> Mapping[str, Any]:
         raise ValueError(f"`{option}` must map names or regular expressions to numbers, got {pattern!r}.")
     for key in pattern:
         _check_regex(option, key)
+        _check_regex(option, key, _suffix(key))  # which refuses flags for the whole expression: they must stand first
     return pattern

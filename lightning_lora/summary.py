@@ -31,7 +31,7 @@ def _rows(module: nn.Module) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for name, adapter in adapters(module).items():
         host = module.get_submodule(name)
-        weight = " x ".join(map(str, host.weight.shape))  # type: ignore[union-attr, arg-type]
+        weight = " x ".join(map(str, host.weight.shape))  # type: ignore[arg-type]
         group = _starred(name), type(host).__name__, weight, str(adapter.rank)
         groups.setdefault(group, []).append((name, adapter.A.numel() + adapter.B.numel()))
     return [

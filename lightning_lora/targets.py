@@ -148,7 +148,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
 
 
 def _check_rank(name: str, module: nn.Module, rank: int) -> None:
-    m, n = module.weight.shape  # type: ignore[union-attr, misc]
+    m, n = module.weight.shape  # type: ignore[misc]
     if rank > min(m, n):
         raise ValueError(
             f"The rank {rank} exceeds the smallest side of {name!r}, whose weight is {m} x {n}. Give a rank of at most"

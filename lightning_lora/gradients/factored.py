@@ -15,6 +15,8 @@ allocated besides Y and dX. With dropout, X is masked where it meets A and nowhe
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,6 +72,20 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _without_autocast(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """The forward's dtypes hold in its backward, also where that is called under autocast."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        device = dy.device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, dy)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, dy)
+
+    return wrapped
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,6 +99,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, mask, z = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
@@ -104,9 +121,12 @@ class _Add(torch.autograd.Function):
         z = _z(x, A, mask)
         ctx.save_for_backward(x, A, B, mask, z)
         ctx.s = s
-        return torch.addmm(_rows(y), z.to(y.dtype), B.to(y.dtype), alpha=s).view(y.shape)
+        y = y.clone(memory_format=torch.contiguous_format)
+        _rows(y).addmm_(z.to(y.dtype), B.to(y.dtype), alpha=s)  # in place, where autocast leaves the dtype alone
+        return y
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, mask, z = ctx.saved_tensors
         _, need_x, need_A, need_B, *_ = ctx.needs_input_grad

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -18,8 +20,16 @@ class LinearHost(Swapped):
     lora: Adapter
     training: bool
 
-    def forward(self, x: Tensor) -> Tensor:
-        return factored.add(super().forward(x), x, self.lora, self.training)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        return factored.add(super().forward(*args, **kwargs), x, self.lora, self.training)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A plain state has the weight, which is then the whole weight, and no adapter: the increment becomes zero."""
+        A, B = f"{prefix}lora.A", f"{prefix}lora.B"
+        if f"{prefix}weight" in state_dict and A not in state_dict and B not in state_dict:
+            state_dict[A], state_dict[B] = self.lora.A, torch.zeros_like(self.lora.B)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class FusedLinearHost(LinearHost):
@@ -28,12 +38,15 @@ class FusedLinearHost(LinearHost):
     weight: Tensor
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return factored.linear(x, self.weight, self.bias, self.lora, self.training)
+    def forward(self, input: Tensor) -> Tensor:
+        return factored.linear(input, self.weight, self.bias, self.lora, self.training)
 
 
-class FusedConv1DHost(FusedLinearHost):
+class FusedConv1DHost(LinearHost):
     """Exactly ``transformers.pytorch_utils.Conv1D``: a Linear whose weight is stored (n, m)."""
+
+    weight: Tensor
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return factored.linear(x, self.weight.T, self.bias, self.lora, self.training)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 
-class Swapped:
+class Swapped(nn.Module):
     """Base of the mixins that :func:`swap` puts before a module's own class."""
 
     base_class: ClassVar[type[nn.Module]]
@@ -17,23 +17,23 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so a pickle or a deep copy names the two that it is made of."""
-        _, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, args, *rest = reduced
         return _new, (self.mixin, self.base_class, *args[1:]), *rest
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     """Makes ``module`` an instance of ``mixin`` besides what it is."""
-    module.__class__ = _swapped_class(mixin, type(module))
+    module.__class__ = _swapped_class(mixin, type(module))  # type: ignore[arg-type]
 
 
-def unswap(module: nn.Module) -> None:
+def unswap(module: Swapped) -> None:
     """Gives ``module`` its own class back."""
-    assert isinstance(module, Swapped)
     module.__class__ = module.base_class  # type: ignore[assignment]
 
 
 @functools.cache
-def _swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
+def _swapped_class(mixin: Any, base: Any) -> Any:
     """One class for each pair, so that modules of one class stay modules of one class."""
     attributes = {
         "__module__": base.__module__,
@@ -46,5 +46,5 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Modul
 
 
 def _new(mixin: type[Swapped], base: type[nn.Module], *args: Any) -> nn.Module:
-    cls = _swapped_class(mixin, base)
+    cls = _swapped_class(mixin, base)  # type: ignore[arg-type]
     return cls.__new__(cls, *args)
