@@ -146,9 +146,7 @@ def factored(model: nn.Module, rank: int) -> None:
 
 
 JOBS: dict[str, Callable[[], Any]] = {"llama": llama, "smollm": smollm, "mlp": mlp}
-METHODS: dict[str, Callable[[nn.Module, int], None]] = {
-    f.__name__: f for f in (full, floor, peft, formed, factored)
-}
+METHODS: dict[str, Callable[[nn.Module, int], None]] = {f.__name__: f for f in (full, floor, peft, formed, factored)}
 
 
 def make_step(job: Any, method: str, rank: int) -> Step:

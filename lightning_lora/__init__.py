@@ -1,9 +1,10 @@
 """LoRA for PyTorch Lightning by adding one callback."""
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.attach import attach
 from lightning_lora.callback import LoRA
 from lightning_lora.inject import adapters, inject, merge
 
 __version__ = "0.1.0"
 
-__all__ = ["Adapter", "LoRA", "adapters", "inject", "merge"]
+__all__ = ["Adapter", "LoRA", "adapters", "attach", "inject", "merge"]

@@ -18,10 +18,12 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_lora import checkpoint as ckpt
+from lightning_lora.attach import Handle, attach
 from lightning_lora.hosts import Swapped, swap, unswap
-from lightning_lora.inject import adapters, inject_options, injections, merge
+from lightning_lora.inject import adapters, inject_options, injections, merge, places
 from lightning_lora.options import CHECKPOINTS, Options, check_choice
 from lightning_lora.summary import print_summary
 
@@ -46,6 +48,8 @@ class LoRA(Callback):
             but the output head of a Hugging Face model; any other string is a regular expression that must match the
             module's whole name; a list holds names or their dotted suffixes; None is no module.
         exclude_modules: Which of these do not, by the same rules.
+        target_parameters: Which other parameters get one, by the same rules for their names: any of two dimensions or
+            more, in any module, adapted as by ``gradient="projected"``. A stack (k, m, n) gets k adapters.
         modules_to_save: Modules that are trained in full, such as a new head, by the same rules.
         rank_pattern: Names, or regular expressions for names or their dotted suffixes, with a rank of their own.
         alpha_pattern: The same for alpha.
@@ -53,6 +57,11 @@ class LoRA(Callback):
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"``, those of the adapted modules.
         dropout: Probability that an input of an increment is zeroed while training. Drawn, as by ``nn.Dropout``, from
             torch's global generator.
+        gradient: How the gradients of A and B are computed. ``"factored"``: the weight stays W0 and the increment is
+            computed beside it (seed, eq. lora-2). ``"merged"``: the weight is W0 + increment at all times, so the
+            forward costs what the base model's does; the gradients are the same thin products. ``"projected"``: the
+            same, with the full gradient of each weight projected (seed, eq. grad-1); for any module. A module that
+            cannot be factored is adapted by the last in any case.
         adapter_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``, whatever the precision of the
             Trainer. Products are computed in the dtype of the activations.
         checkpoint: ``"merged"``: the ``state_dict`` in a checkpoint is that of the plain model, with merged weights.
@@ -79,12 +88,14 @@ class LoRA(Callback):
         alpha: float | None = None,
         target_modules: str | list[str] | None = "all-linear",
         exclude_modules: str | list[str] | None = None,
+        target_parameters: str | list[str] | None = None,
         modules_to_save: str | list[str] | None = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         use_rslora: bool = False,
         bias: str = "none",
         dropout: float = 0.0,
+        gradient: str = "factored",
         adapter_dtype: str = "float32",
         checkpoint: str = "merged",
         seed: int = 0,
@@ -95,12 +106,14 @@ class LoRA(Callback):
             alpha=alpha,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
+            target_parameters=target_parameters,
             modules_to_save=modules_to_save,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             use_rslora=use_rslora,
             bias=bias,
             dropout=dropout,
+            gradient=gradient,
             adapter_dtype=adapter_dtype,
             seed=seed,
         )
@@ -109,6 +122,7 @@ class LoRA(Callback):
         self.exact_resume = exact_resume
         self._fingerprints = ckpt.Fingerprints()
         self._idle: set[str] = set()
+        self._handles: list[Handle] = []
         self._after_fit: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------------------------------------ before the run
@@ -128,6 +142,7 @@ class LoRA(Callback):
         if stage == "fit":
             _refuse_unsupported(trainer)
             self._after_fit = None
+            self._fingerprints = ckpt.Fingerprints()
         _check_file(trainer.ckpt_path)
         pl_module.lora_callback = self  # type: ignore[assignment]
         swap(pl_module, _Run)
@@ -144,6 +159,12 @@ class LoRA(Callback):
                 f"{type(pl_module).__name__} has adapters from an earlier `inject` with the options"
                 f" {present[0].options}, and the callback has {self.options}. Give both the same."
             )
+        held = [place.name for place in places(pl_module) if place.host.holds_increment]
+        if held and self.checkpoint == "adapter":
+            raise MisconfigurationException(
+                f"`checkpoint='adapter'` needs frozen weights, and that of {held[0]!r} holds its increment and is not"
+                f" W0 any more. Use `checkpoint='merged'`, or `gradient='factored'` and only layers that it supports."
+            )
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
@@ -153,6 +174,10 @@ class LoRA(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that what was injected will be trained, and says what it is."""
         _check_trained(trainer, pl_module)
+        if any(place.host.holds_increment for place in places(pl_module)):
+            self._handles = [
+                attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)
+            ]
         self._idle = set(adapters(pl_module))
         if trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer)):
             print_summary(pl_module)
@@ -167,7 +192,11 @@ class LoRA(Callback):
         """Strikes out, until the first batch is over, the adapters that a gradient reached."""
         if self._idle:
             known = adapters(pl_module)
-            self._idle = {name for name in self._idle if known[name].B.grad is None}
+            self._idle = {name for name in self._idle if known[name].B.grad is None and known[name].A.grad is None}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Looks again, for a module that calls ``loss.backward()`` itself."""
+        self.on_after_backward(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Names the adapters that no gradient reached in the first batch."""
@@ -209,6 +238,9 @@ class LoRA(Callback):
     def _make_plain(self, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, _Run) or pl_module.lora_callback is not self:
             return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         unswap(pl_module)
         del pl_module.lora_callback
         if pl_module._trainer is not None and pl_module.trainer.state.fn == "fit" and adapters(pl_module):
@@ -262,9 +294,9 @@ def _refuse_unsupported(trainer: pl.Trainer) -> None:
 def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Every adapter needs an optimizer, and no adapted weight may be trained besides."""
     optimized = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    for name, adapter in adapters(pl_module).items():
-        weight = pl_module.get_submodule(name)._parameters["weight"]
-        if weight is not None and weight.requires_grad:
+    for place in places(pl_module):
+        name, adapter = place.name, place.adapter
+        if place.weight.requires_grad:
             raise MisconfigurationException(
                 f"The weight of {name!r} was unfrozen after its adapter was put in. An adapted weight stays frozen; to"
                 " train a module in full, name it in `modules_to_save`."
@@ -284,6 +316,15 @@ def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _optimizers_with_adapters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Optimizer]:
+    factors = {p for adapter in adapters(pl_module).values() for p in adapter.parameters()}
+    return [
+        optimizer
+        for optimizer in trainer.optimizers
+        if any(p in factors for group in optimizer.param_groups for p in group["params"])
+    ]
 
 
 def _check_file(path: Any) -> None:

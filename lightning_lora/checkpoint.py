@@ -8,15 +8,15 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
     version   of this format
     form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
     options   of the callback, to be read by people
-    adapters  name of the adapted module -> its A, B, scale, transposed
+    adapters  key of the adapted weight in state_dict -> its A, B, shape, scale, transposed
     trained   names of the base's parameters that are trained in full
-    base      key in state_dict -> fingerprint of the frozen weight that stands there while training
+    base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
+              holds its increment is not frozen, and is saved as it is
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_lora import draws
 from lightning_lora.adapters import Adapter
-from lightning_lora.hosts import LinearHost
+from lightning_lora.inject import Place, places, trained_besides
 from lightning_lora.options import Options
 
 KEY = "lightning_lora"
@@ -35,10 +36,9 @@ State = dict[str, Any]
 
 
 def fingerprint(weight: Tensor) -> str:
-    """The dtype of ``weight`` and the SHA-256 of its shape and bytes, as ``"float32:9f86..."``."""
-    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return f"{str(weight.dtype).removeprefix('torch.')}:{digest.hexdigest()}"
+    """The dtype, shape and SHA-256 of ``weight``, as ``"float32:64x32:9f86..."``."""
+    dtype, shape = str(weight.dtype).removeprefix("torch."), "x".join(map(str, weight.shape))
+    return f"{dtype}:{shape}:{draws.digest(weight)}"
 
 
 class Fingerprints:
@@ -57,21 +57,29 @@ class Fingerprints:
 def take_apart(state: State, module: nn.Module, options: Options, form: str, fingerprints: Fingerprints) -> State:
     """Removes the adapters from ``state``, an adapted module's, and returns what ``checkpoint["lightning_lora"]`` is.
 
-    What is left in ``state`` is the base model's: its keys, with W0 where the adapters were.
+    What is left in ``state`` is the base model's: its keys, with what the weights hold while training.
     """
-    adapters = {name: adapter.state() for name, adapter in _pop_adapters(state, module)}
-    trained = [name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
-    trained = [name for name in trained if name in state]
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    frozen = [key for key in state if key in parameters and key not in trained]
-    base = frozen if form == "adapter" else [f"{name}.weight" for name in adapters]
+    adapters: State = {}
+    frozen: list[str] = []
+    for place in places(module):
+        if f"{place.factors}A" in state:
+            factors = {factor: state.pop(f"{place.factors}{factor}") for factor in "AB"}
+            adapters[place.key] = {**place.adapter.state(), **factors}
+            if not place.host.holds_increment:
+                frozen.append(place.key)
+        for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
+            getattr(state, "_metadata", {}).pop(inner, None)
+    trained = [name for name in trained_besides(module) if name in state]
+    if form == "adapter":
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        frozen = [key for key in state if key in parameters and key not in trained]
     return {
         "version": VERSION,
         "form": form,
         "options": options.to_primitives(),
         "adapters": adapters,
         "trained": trained,
-        "base": {key: fingerprints.of(key, state[key]) for key in base if key in state},
+        "base": {key: fingerprints.of(key, state[key]) for key in frozen},
     }
 
 
@@ -87,9 +95,8 @@ def put_out(state: State, payload: State) -> None:
 def fold(state: State, payload: State) -> None:
     """Folds the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
     folded: dict[int, Tensor] = {}
-    for name, entry in payload["adapters"].items():
-        key = f"{name}.weight"
-        if key in state:
+    for key, entry in payload["adapters"].items():
+        if key in payload["base"]:
             weight = state[key]
             place = weight.data_ptr()
             if place not in folded:
@@ -115,27 +122,30 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool) -> None:
         return
     _check_format(payload)
     state = dict(checkpoint["state_dict"])
-    hosts = _host_names(module)
-    if hosts:
-        _check_same_adapters(payload, module, hosts)
-    if hosts or payload["form"] == "adapter":
-        _put_base_back(state, payload, module, exact)
-        if hosts:
-            for name, entry in payload["adapters"].items():
-                state[f"{name}.lora.A"], state[f"{name}.lora.B"] = entry["A"], entry["B"]
-        else:
-            fold(state, payload)
+    found = list(places(module))
+    if found:
+        _check_same_adapters(payload, module, found)
+    if found or payload["form"] == "adapter":
+        _put_base_back(state, payload, module, found, exact)
+    for place in found:
+        for factor in "AB":
+            state[f"{place.factors}{factor}"] = payload["adapters"][place.key][factor]
+    if not found and payload["form"] == "adapter":
+        fold(state, payload)
     checkpoint["state_dict"] = state
 
 
-def _put_base_back(state: State, payload: State, module: nn.Module, exact: bool) -> None:
-    """W0 into ``state``: the module's own where its fingerprint is that in the file, else recovered from the merged."""
+def _put_base_back(state: State, payload: State, module: nn.Module, found: list[Place], exact: bool) -> None:
+    """W0 into ``state`` wherever ``module`` keeps W0: its own if that has the file's fingerprint, else recovered."""
+    wanted = {place.key for place in found if not place.host.holds_increment}
+    if payload["form"] == "adapter":
+        wanted |= set(payload["base"])
     current = module.state_dict()
     others: list[str] = []
-    for key, expected in payload["base"].items():
-        dtype = _dtype_of(expected)
-        if key in current and fingerprint(current[key].to(dtype)) == expected:
-            state[key] = current[key].to(dtype)
+    for key in sorted(wanted):
+        expected = payload["base"].get(key, "")
+        if key in current and fingerprint(current[key].to(_dtype_of(expected))) == expected:
+            state[key] = current[key].to(_dtype_of(expected))
         else:
             others.append(key)
     if not others:
@@ -154,8 +164,7 @@ def _put_base_back(state: State, payload: State, module: nn.Module, exact: bool)
     bound = 0.0
     for key in others:
         if key in state:
-            adapter = Adapter.from_state(payload["adapters"][key.removesuffix(".weight")])
-            state[key], error = adapter.folded_out_of(state[key])
+            state[key], error = Adapter.from_state(payload["adapters"][key]).folded_out_of(state[key])
             bound = max(bound, error)
     rank_zero_warn(
         f"The checkpoint was trained on other weights than this module has in {_listed(others)}. W0 was recovered from"
@@ -163,21 +172,6 @@ def _put_base_back(state: State, payload: State, module: nn.Module, exact: bool)
         " the one that was saved but not bitwise equal. To resume exactly, build the module on the same pretrained"
         " weights; `exact_resume=True` makes this an error."
     )
-
-
-def _pop_adapters(state: State, module: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    for name, host in _host_names(module).items():
-        if f"{name}.lora.A" in state:
-            A, B = state.pop(f"{name}.lora.A"), state.pop(f"{name}.lora.B")
-            yield name, Adapter.from_state({**host.lora.state(), "A": A, "B": B})
-        getattr(state, "_metadata", {}).pop(f"{name}.lora", None)
-
-
-def _host_names(module: nn.Module) -> dict[str, LinearHost]:
-    """Every name under which a module with an adapter stands in ``module``; one that stands in two places has two."""
-    return {
-        name: child for name, child in module.named_modules(remove_duplicate=False) if isinstance(child, LinearHost)
-    }
 
 
 def _check_format(payload: Any) -> None:
@@ -195,12 +189,11 @@ def _check_format(payload: Any) -> None:
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: `{field}` is missing or no {kind.__name__}."
             )
-    for name, entry in payload["adapters"].items():
-        factors: list[Any] = [entry.get("A"), entry.get("B")] if isinstance(entry, Mapping) else []
-        if not factors or not all(isinstance(f, Tensor) and f.dim() == 2 and f.is_floating_point() for f in factors):
-            raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {name!r} has no matrices A and B.")
-        if factors[0].shape[0] != factors[1].shape[0] or not isinstance(entry.get("scale"), float):
-            raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: A, B and scale of {name!r} do not fit.")
+    for key, entry in payload["adapters"].items():
+        if not isinstance(entry, Mapping) or not _is_adapter(entry):
+            raise ValueError(
+                f"The checkpoint's `{KEY}` entry is malformed: A, B, shape and scale of {key!r} do not fit."
+            )
     for key, expected in payload["base"].items():
         if not isinstance(expected, str) or not isinstance(_dtype_of(expected), torch.dtype):
             raise ValueError(
@@ -208,37 +201,49 @@ def _check_format(payload: Any) -> None:
             )
 
 
-def _check_same_adapters(payload: State, module: nn.Module, hosts: Mapping[str, LinearHost]) -> None:
+def _is_adapter(entry: Mapping[str, Any]) -> bool:
+    try:
+        adapter = Adapter.from_state(entry)
+        return adapter.delta_weight().isfinite is not None and isinstance(adapter.scale, float)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+
+
+def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) -> None:
     saved = payload["adapters"]
-    if missing := [name for name in saved if name not in hosts]:
+    keys = {place.key: place for place in found}
+    if missing := [key for key in saved if key not in keys]:
         raise MisconfigurationException(
             f"The checkpoint has adapters for {_listed(missing)}, which this run does not adapt. Give the callback the"
             " options of the run that was saved."
         )
-    if new := [name for name in hosts if name not in saved]:
+    if new := [key for key in keys if key not in saved]:
         raise MisconfigurationException(
             f"This run adapts {_listed(new)}, for which the checkpoint has no adapters. Give the callback the options"
             " of the run that was saved."
         )
-    for name, host in hosts.items():
-        given, entry = host.lora, saved[name]
+    for key, place in keys.items():
+        given, entry = place.adapter, saved[key]
         for what, here, there in (
-            ("rank", given.rank, entry["A"].shape[0]),
-            ("shapes", (given.A.shape, given.B.shape), (entry["A"].shape, entry["B"].shape)),
+            ("rank", given.rank, entry["A"].shape[-2]),
+            (
+                "shapes",
+                [tuple(given.A.shape), tuple(given.B.shape)],
+                [tuple(entry["A"].shape), tuple(entry["B"].shape)],
+            ),
             ("scale", given.scale, entry["scale"]),
             ("dtype", given.A.dtype, entry["A"].dtype),
         ):
             if here != there:
                 raise MisconfigurationException(
-                    f"The adapter of {name!r} has {what} {there} in the checkpoint and {here} in this run. Give the"
+                    f"The adapter of {key!r} has {what} {there} in the checkpoint and {here} in this run. Give the"
                     " callback the options of the run that was saved."
                 )
-    names = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    names -= {f"{name}.lora.{factor}" for name in hosts for factor in "AB"}
-    if names != set(payload["trained"]):
+    names = trained_besides(module)
+    if set(names) != set(payload["trained"]):
         raise MisconfigurationException(
             f"Besides the adapters, the checkpoint trained {_listed(payload['trained'])} and this run trains"
-            f" {_listed(sorted(names))}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
+            f" {_listed(names)}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
         )
 
 

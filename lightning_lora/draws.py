@@ -5,13 +5,20 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
 
-def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for the layer called ``name``.
+def generator(*key: str) -> torch.Generator:
+    """A CPU generator for ``key``, such as a seed and a layer's name.
 
-    Equal on every rank and in the run that resumes, whatever has used the global generator; another layer's name gives
-    an unrelated stream.
+    Equal on every rank and in the run that resumes, whatever has used the global generator; another key gives an
+    unrelated stream.
     """
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    hashed = hashlib.sha256("/".join(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(hashed[:8], "little", signed=True))
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of ``tensor``."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]

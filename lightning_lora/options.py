@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+GRADIENTS = ("factored", "merged", "projected")
 BIASES = ("none", "all", "lora_only")
 CHECKPOINTS = ("merged", "adapter")
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -63,12 +64,14 @@ class Options:
     alpha: float | None = None
     target_modules: Rule = "all-linear"
     exclude_modules: Rule = None
+    target_parameters: Rule = None
     modules_to_save: Rule = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     use_rslora: bool = False
     bias: str = "none"
     dropout: float = 0.0
+    gradient: str = "factored"
     adapter_dtype: str = "float32"
     seed: int = 0
 
@@ -76,18 +79,24 @@ class Options:
         check_rank("rank", self.rank)
         if self.alpha is not None:
             _check_alpha("alpha", self.alpha)
-        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        for option in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
             _check_rule(option, getattr(self, option))
         for key, rank in _pattern("rank_pattern", self.rank_pattern).items():
             check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
         check_choice("bias", self.bias, BIASES)
+        check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"`use_rslora` must be True or False, got {self.use_rslora!r}.")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a probability in [0, 1), got {self.dropout!r}.")
+        if self.dropout and self.gradient != "factored":
+            raise ValueError(
+                f"`dropout={self.dropout}` needs `gradient='factored'`, got {self.gradient!r}: where the weight holds"
+                " the increment, the increment has no input of its own."
+            )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"`seed` must be an int, got {self.seed!r}.")
 

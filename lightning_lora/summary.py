@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.model_summary.model_summary import get_human_re
 from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 
-from lightning_lora.inject import adapters
+from lightning_lora.inject import adapters, places
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ def print_summary(module: nn.Module) -> None:
 def _rows(module: nn.Module) -> list[tuple[str, ...]]:
     """One row for all adapted modules whose names differ in numbers only and whose adapters are alike."""
     groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
-    for name, adapter in adapters(module).items():
-        host = module.get_submodule(name)
-        weight = " x ".join(map(str, host.weight.shape))  # type: ignore[arg-type]
-        group = _starred(name), type(host).__name__, weight, str(adapter.rank)
-        groups.setdefault(group, []).append((name, adapter.A.numel() + adapter.B.numel()))
+    for place in {id(place.adapter): place for place in places(module)}.values():
+        adapter = place.adapter
+        weight = " x ".join(map(str, place.weight.shape))
+        group = _starred(place.name), type(place.host).__name__, weight, str(adapter.rank)
+        groups.setdefault(group, []).append((place.name, adapter.A.numel() + adapter.B.numel()))
     return [
         (
             starred if len(members) > 1 else members[0][0],

@@ -1,4 +1,4 @@
-"""Which modules are adapted, and which parameters are trained besides: names in, modules out, nothing changed."""
+"""Which weights are adapted, and which parameters are trained besides: names in, modules out, nothing changed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,48 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_lora.hosts import LinearHost, is_linear_like
+from lightning_lora.hosts import (
+    SUPPORTED,
+    Host,
+    ParameterHost,
+    is_linear_like,
+    is_supported,
+    layer_host,
+    own_matrices,
+    stacks,
+)
 from lightning_lora.options import Options, Rule, matches, matches_pattern, matches_suffix, nearest
 
-SUPPORTED = "torch.nn.Linear and its subclasses, and transformers' Conv1D"
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One weight that gets an adapter."""
+
+    name: str
+    """Of the module, where its ``weight`` is meant, else of the parameter."""
+    owner: str
+    module: nn.Module
+    parameter: str
+    mixin: type[Host]
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module._parameters[self.parameter]
+        assert weight is not None
+        return weight
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(m, n) of the matrix, as it is stored."""
+        return tuple((self.weight if stacks(self.module, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
     """What the options come to for one module."""
 
-    modules: dict[str, nn.Module]
-    """Name -> module that gets an adapter, in the order of the module."""
+    adapted: list[Target]
+    """In the order of the module; a tied weight has an entry for each place, under one name."""
     trained: list[str]
     """Names of the parameters of the base that are trained in full."""
 
@@ -34,34 +64,71 @@ def resolve(root: nn.Module, options: Options) -> Targets:
         MisconfigurationException: If a target cannot carry an adapter as it is: adapted already, tied, not
             materialised, sharded, quantised, parametrized.
     """
-    names = {name: module for name, module in root.named_modules() if name}
+    modules = {name: module for name, module in root.named_modules() if name}
     for option in ("target_modules", "exclude_modules", "modules_to_save"):
-        _check_that_all_match(option, getattr(options, option), names)
+        _check_that_all_match(option, getattr(options, option), "module", modules)
+    _check_that_all_match(
+        "target_parameters", options.target_parameters, "parameter", [name for name, _ in root.named_parameters()]
+    )
 
-    found = _candidates(root, options.target_modules, names)
+    found = [*_layers(root, options, modules), *_parameters(root, options)]
     dropped = [
-        name for name in found if matches(name, options.exclude_modules) or _inside(name, options.modules_to_save)
+        target.name
+        for target in found
+        if _inside(target.owner, options.exclude_modules) or _inside(target.owner, options.modules_to_save)
     ]
-    modules = {name: module for name, module in found.items() if name not in dropped}
-    if not modules:
-        raise ValueError(_nothing_left(root, options, dropped, names))
+    found = [target for target in found if target.name not in dropped]
+    if not found:
+        raise ValueError(_nothing_left(root, options, dropped, modules))
 
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(options, option) or {}:
-            if not any(matches_pattern(name, key) for name in modules):
-                raise ValueError(f"`{option}` has {key!r}, which matches no adapted module.{nearest(key, modules)}")
-    for name, module in modules.items():
-        _check_layer(name, module)
-        _check_rank(name, module, options.rank_of(name))
-    _check_tied(root, modules)
-    return Targets(modules, _trained_besides(root, options, modules))
+            if not any(matches_pattern(target.name, key) for target in found):
+                names = [target.name for target in found]
+                raise ValueError(f"`{option}` has {key!r}, which matches no adapted module.{nearest(key, names)}")
+    _check_twice(found)
+    for target in found:
+        _check_weight(target)
+        _check_rank(target, options.rank_of(target.name))
+        if options.dropout and target.mixin.holds_increment:
+            raise ValueError(
+                f"`dropout={options.dropout}` cannot be applied to {target.name!r}, a {type(target.module).__name__},"
+                " which is adapted through its weight. Exclude it, or use no dropout."
+            )
+    return Targets(_with_ties(root, found), _trained_besides(root, options, found))
 
 
-def _candidates(root: nn.Module, rule: Rule, names: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _layers(root: nn.Module, options: Options, modules: dict[str, nn.Module]) -> Iterable[Target]:
+    """What ``target_modules`` names."""
+    rule = options.target_modules
     if isinstance(rule, str) and rule.lower() == "all-linear":
         heads = _output_heads(root)
-        return {name: module for name, module in names.items() if is_linear_like(module) and module not in heads}
-    return {name: module for name, module in names.items() if matches(name, rule)}
+        chosen = {name: module for name, module in modules.items() if is_linear_like(module) and module not in heads}
+    else:
+        chosen = {name: module for name, module in modules.items() if matches(name, rule)}
+    for name, module in chosen.items():
+        _check_layer(name, module, options.gradient)
+        for parameter in own_matrices(module):
+            yield Target(f"{name}.{parameter}", name, module, parameter, ParameterHost)
+        if isinstance(module, nn.MultiheadAttention):
+            if f"{name}.out_proj" not in chosen:
+                yield Target(f"{name}.out_proj", f"{name}.out_proj", module.out_proj, "weight", ParameterHost)
+        elif not own_matrices(module):
+            yield Target(name, name, module, "weight", layer_host(module, options.gradient) or ParameterHost)
+
+
+def _parameters(root: nn.Module, options: Options) -> Iterable[Target]:
+    """What ``target_parameters`` names."""
+    for name, parameter in root.named_parameters():
+        if matches(name, options.target_parameters):
+            owner, _, key = name.rpartition(".")
+            module = root.get_submodule(owner)
+            if parameter.dim() < 2:
+                raise ValueError(
+                    f"`target_parameters` names {name!r} of the shape {tuple(parameter.shape)}: a low-rank increment"
+                    " needs two dimensions or more. To train it in full, use `bias` or `modules_to_save`."
+                )
+            yield Target(owner if key == "weight" and owner else name, owner, module, key, ParameterHost)
 
 
 def _output_heads(root: nn.Module) -> list[nn.Module]:
@@ -76,52 +143,76 @@ def _inside(name: str, rule: Rule) -> bool:
     return any(matches(".".join(parts[:end]), rule) for end in range(1, len(parts) + 1))
 
 
-def _check_that_all_match(option: str, rule: Rule, names: Iterable[str]) -> None:
+def _check_that_all_match(option: str, rule: Rule, kind: str, names: Iterable[str]) -> None:
     if rule is None or (isinstance(rule, str) and option == "target_modules" and rule.lower() == "all-linear"):
         return
     if isinstance(rule, str):
         if not any(matches(name, rule) for name in names):
             raise ValueError(
-                f"`{option}` has the regular expression {rule!r}, which matches no module's whole name."
+                f"`{option}` has the regular expression {rule!r}, which matches no {kind}'s whole name."
                 f"{nearest(rule, names)}"
             )
         return
     for item in rule:
         if not any(matches_suffix(name, item) for name in names):
-            raise ValueError(f"`{option}` has {item!r}, which matches no module.{nearest(item, names)}")
+            raise ValueError(f"`{option}` has {item!r}, which matches no {kind}.{nearest(item, names)}")
 
 
-def _nothing_left(root: nn.Module, options: Options, dropped: list[str], names: dict[str, nn.Module]) -> str:
+def _nothing_left(root: nn.Module, options: Options, dropped: list[str], modules: dict[str, nn.Module]) -> str:
     if dropped:
         return (
-            f"`exclude_modules` and `modules_to_save` leave no module to adapt: they take {', '.join(dropped)} of what"
-            f" `target_modules={options.target_modules!r}` matches."
+            f"`exclude_modules` and `modules_to_save` leave nothing to adapt: they take {', '.join(dropped)}, all that"
+            f" `target_modules={options.target_modules!r}` and `target_parameters={options.target_parameters!r}` match."
         )
-    kinds = sorted({type(module).__name__ for module in names.values()})
+    kinds = sorted({type(module).__name__ for module in modules.values()})
     return (
         f"`target_modules={options.target_modules!r}` leaves no module to adapt in {type(root).__name__}, which holds"
         f" {', '.join(kinds) or 'no modules'}. Adapters go into {SUPPORTED}."
     )
 
 
-def _check_layer(name: str, module: nn.Module) -> None:
+def _check_layer(name: str, module: nn.Module, gradient: str) -> None:
     kind = type(module).__name__
-    if isinstance(module, LinearHost):
+    if isinstance(module, Host):
         raise MisconfigurationException(f"{name!r} has an adapter already. `merge` the module before injecting again.")
-    if isinstance(module, nn.Linear) and not is_linear_like(module):
-        raise ValueError(
-            f"`target_modules` names {name!r}, the output projection of a MultiheadAttention: it is never called, its"
-            " parent reads its weight, so an adapter there would do nothing. Leave it out."
-        )
-    if not is_linear_like(module):
-        below = [inner for inner, child in module.named_modules(prefix=name) if is_linear_like(child)]
+    if not is_supported(module):
+        below = [inner for inner, child in module.named_modules(prefix=name) if is_supported(child)]
         hint = f" Inside it there is {', '.join(below[:8])}." if below else ""
         raise ValueError(f"`target_modules` names {name!r}, a {kind}. Adapters go into {SUPPORTED}.{hint}")
-    if hasattr(module, "lora"):
+    if not isinstance(module, nn.Embedding):
+        return
+    if module.sparse:
+        raise MisconfigurationException(
+            f"{name!r} is an Embedding with `sparse=True`. The gradients of its adapter are dense; use `sparse=False`."
+        )
+    if module.max_norm is not None:
+        raise MisconfigurationException(
+            f"{name!r} is an Embedding with `max_norm={module.max_norm}`, which rewrites the frozen weight in forward."
+        )
+    if module.scale_grad_by_freq and gradient != "projected":
+        raise MisconfigurationException(
+            f"{name!r} is an Embedding with `scale_grad_by_freq=True`, which only `gradient='projected'` supports."
+        )
+
+
+def _check_twice(found: list[Target]) -> None:
+    seen: set[str] = set()
+    for target in found:
+        if target.name in seen:
+            raise ValueError(
+                f"The parameter {target.name!r} is targeted twice, by `target_modules` and by `target_parameters`."
+                " Leave it to one of them."
+            )
+        seen.add(target.name)
+
+
+def _check_weight(target: Target) -> None:
+    name, kind = target.name, type(target.module).__name__
+    if hasattr(target.module, "lora") and not isinstance(target.module, Host):
         raise MisconfigurationException(
             f"{name!r} ({kind}) has an attribute `lora`, the name an adapter is kept under."
         )
-    weight = module._parameters.get("weight")
+    weight = target.module._parameters.get(target.parameter)
     if weight is None:
         raise MisconfigurationException(
             f"The weight of {name!r} ({kind}) is computed by a parametrization or a hook, so no adapter can be merged"
@@ -140,47 +231,74 @@ def _check_layer(name: str, module: nn.Module) -> None:
         raise MisconfigurationException(
             f"The weight of {name!r} ({kind}) is sharded already. Sharded modules are not supported."
         )
-    if weight.dim() != 2 or not weight.is_floating_point():
+    if weight.dim() < 2 or not weight.is_floating_point():
         raise MisconfigurationException(
             f"The weight of {name!r} ({kind}) is stored as {weight.dtype} in the shape {tuple(weight.shape)}."
             " Quantised weights are not supported."
         )
 
 
-def _check_rank(name: str, module: nn.Module, rank: int) -> None:
-    m, n = module.weight.shape  # type: ignore[misc]
+def _check_rank(target: Target, rank: int) -> None:
+    m, n = target.sides
     if rank > min(m, n):
         raise ValueError(
-            f"The rank {rank} exceeds the smallest side of {name!r}, whose weight is {m} x {n}. Give a rank of at most"
-            f" {min(m, n)}, for this layer alone by `rank_pattern={{{name!r}: {min(m, n)}}}`, or exclude it."
+            f"The rank {rank} exceeds the smallest side of {target.name!r}, whose weight is {m} x {n}. Give a rank of"
+            f" at most {min(m, n)}, for this one alone by `rank_pattern={{{target.name!r}: {min(m, n)}}}`, or exclude"
+            " it."
         )
 
 
-def _check_tied(root: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """A weight that another module uses too would change there when it is merged here."""
-    owners: dict[Tensor, list[str]] = {}
+def _owners(root: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
+    """Every parameter, with all places where it stands."""
+    owners: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in root.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(parameter, []).append(f"{prefix}.{key}".lstrip("."))
-    for name, module in modules.items():
-        shared = owners[module._parameters["weight"]]  # type: ignore[index]
-        if len(shared) > 1:
+                owners.setdefault(parameter, []).append((prefix, module, key))
+    return owners
+
+
+def _with_ties(root: nn.Module, found: list[Target]) -> list[Target]:
+    """``found``, with every place in which a projected weight stands.
+
+    A weight that is factored or merged in one place would be used elsewhere without the increment or its gradient.
+    """
+    owners = _owners(root)
+    targets: list[Target] = []
+    done: set[Tensor] = set()
+    for target in found:
+        places = owners[target.weight]
+        if len(places) > 1 and target.mixin is not ParameterHost:
+            shared = " and ".join(repr(f"{prefix}.{key}".lstrip(".")) for prefix, _, key in places)
             raise MisconfigurationException(
-                f"The weight of {name!r} is tied: {' and '.join(map(repr, shared))} are one parameter, and an adapter"
-                f" in one place would change the other when merged. Add {name!r} to `exclude_modules`."
+                f"The weight of {target.name!r} is tied: {shared} are one parameter, and an adapter in one place would"
+                f" change the other when merged. Add {target.name!r} to `exclude_modules`, or use"
+                " `gradient='projected'`, which adapts both."
             )
+        if target.weight not in done:
+            done.add(target.weight)
+            targets += [Target(target.name, prefix, module, key, target.mixin) for prefix, module, key in places]
+    return targets
 
 
-def _trained_besides(root: nn.Module, options: Options, modules: dict[str, nn.Module]) -> list[str]:
+def _trained_besides(root: nn.Module, options: Options, found: list[Target]) -> list[str]:
+    owners = {target.owner for target in found}
+    adapted = {target.weight for target in found}
+
     def is_trained(name: str) -> bool:
         owner, _, key = name.rpartition(".")
         if _inside(owner, options.modules_to_save):
             return True
-        return key == "bias" and (options.bias == "all" or (options.bias == "lora_only" and owner in modules))
+        is_bias = key == "bias" or key.startswith("bias_") or key.endswith("_bias")
+        return is_bias and (options.bias == "all" or (options.bias == "lora_only" and owner in owners))
 
     trained = [name for name, _ in root.named_parameters() if is_trained(name)]
     for name in trained:
-        if not root.get_parameter(name).dtype.is_floating_point:
-            raise MisconfigurationException(f"{name!r} is {root.get_parameter(name).dtype} and cannot be trained.")
+        parameter = root.get_parameter(name)
+        if not parameter.is_floating_point():
+            raise MisconfigurationException(f"{name!r} is {parameter.dtype} and cannot be trained.")
+        if parameter in adapted:
+            raise ValueError(
+                f"{name!r} is to be trained in full by `modules_to_save`, and is tied to a weight that gets an adapter."
+            )
     return trained

@@ -1,1 +1,1 @@
-"""The ways to compute the gradients of A and B."""
+"""The ways to compute the gradients of A and B, which are the same function at different cost."""

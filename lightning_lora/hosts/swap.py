@@ -14,17 +14,23 @@ class Swapped(nn.Module):
 
     base_class: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Swapped]]
+    read: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def reader(name: str) -> property:
+        """What stands in the class for an attribute that the mixin has a hand in."""
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made at run time, so a pickle or a deep copy names the two that it is made of."""
+        """The class is made at run time, so a pickle or a deep copy names what it is made of."""
         reduced: Any = super().__reduce_ex__(protocol)
         _, args, *rest = reduced
-        return _new, (self.mixin, self.base_class, *args[1:]), *rest
+        return _new, (self.mixin, self.base_class, self.read, *args[1:]), *rest
 
 
-def swap(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Makes ``module`` an instance of ``mixin`` besides what it is."""
-    module.__class__ = _swapped_class(mixin, type(module))  # type: ignore[arg-type]
+def swap(module: nn.Module, mixin: type[Swapped], read: tuple[str, ...] = ()) -> None:
+    """Makes ``module`` an instance of ``mixin`` besides what it is, with ``mixin.reader`` for each name in ``read``."""
+    module.__class__ = _swapped_class(mixin, type(module), read)  # type: ignore[arg-type]
 
 
 def unswap(module: Swapped) -> None:
@@ -33,7 +39,7 @@ def unswap(module: Swapped) -> None:
 
 
 @functools.cache
-def _swapped_class(mixin: Any, base: Any) -> Any:
+def _swapped_class(mixin: Any, base: Any, read: tuple[str, ...]) -> Any:
     """One class for each pair, so that modules of one class stay modules of one class."""
     attributes = {
         "__module__": base.__module__,
@@ -41,10 +47,12 @@ def _swapped_class(mixin: Any, base: Any) -> Any:
         "__qualname__": base.__qualname__,
         "base_class": base,
         "mixin": mixin,
+        "read": read,
+        **{name: mixin.reader(name) for name in read},
     }
     return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(attributes))
 
 
-def _new(mixin: type[Swapped], base: type[nn.Module], *args: Any) -> nn.Module:
-    cls = _swapped_class(mixin, base)  # type: ignore[arg-type]
+def _new(mixin: type[Swapped], base: type[nn.Module], read: tuple[str, ...], *args: Any) -> nn.Module:
+    cls = _swapped_class(mixin, base, read)  # type: ignore[arg-type]
     return cls.__new__(cls, *args)
