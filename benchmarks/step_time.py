@@ -88,14 +88,38 @@ def smollm() -> CausalLMJob:
     return CausalLMJob(LlamaForCausalLM(config), 49152, batch=4, length=128)
 
 
+class ImageJob:
+    """An image classifier on random images."""
+
+    def __init__(self, model: nn.Module, images: int, size: int) -> None:
+        self.model = model
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(images, 3, size, size, generator=generator)
+        self.y = torch.randint(10, (images,), generator=generator)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(self.x).logits, self.y)
+
+
+def resnet() -> ImageJob:
+    """(c) ResNet-18, 16 images of 32 x 32, all convolutions adapted."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
+    )
+    return ImageJob(ResNetForImageClassification(config).train(), images=16, size=32)
+
+
 def mlp() -> MLPJob:
     """(d) A wide MLP, 4 layers of 2048, 512 rows."""
     return MLPJob(2048, 512)
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """What ``target_modules="all-linear"`` adapts in ``model``."""
-    return lightning_lora.inject(copy.deepcopy(model), rank=1)
+def target_names(model: nn.Module) -> list[str]:
+    """All convolutions where there are any, else what ``target_modules="all-linear"`` adapts."""
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return convolutions or lightning_lora.inject(copy.deepcopy(model), rank=1)
 
 
 def full(model: nn.Module, rank: int) -> None:
@@ -105,7 +129,7 @@ def full(model: nn.Module, rank: int) -> None:
 def floor(model: nn.Module, rank: int) -> None:
     """Forward and dX only: what any method costs that freezes W0. The input of the first layer requires a gradient."""
     model.requires_grad_(False)
-    first = model.get_submodule(linear_names(model)[0])
+    first = model.get_submodule(target_names(model)[0])
     first.register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(), *args[1:]))
 
 
@@ -113,7 +137,7 @@ def peft(model: nn.Module, rank: int) -> None:
     """PEFT's LoRA on the same modules."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = linear_names(model)
+    targets = target_names(model)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -124,16 +148,17 @@ class _Formed(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.randn(rank, weight.shape[1]) / rank)
-        self.B = nn.Parameter(torch.zeros(rank, weight.shape[0]))
+        m, n = weight.flatten(1).shape
+        self.A = nn.Parameter(torch.randn(rank, n) / rank)
+        self.B = nn.Parameter(torch.zeros(rank, m))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.B.T @ self.A
+        return weight + (self.B.T @ self.A).view_as(weight)
 
 
 def formed(model: nn.Module, rank: int) -> None:
     """W0 + AB formed in every forward (seed, eq. lora-1)."""
-    targets = linear_names(model)
+    targets = target_names(model)
     model.requires_grad_(False)
     for name in targets:
         module = model.get_submodule(name)
@@ -142,11 +167,23 @@ def formed(model: nn.Module, rank: int) -> None:
 
 def factored(model: nn.Module, rank: int) -> None:
     """``gradient="factored"`` (seed, eq. lora-2)."""
-    lightning_lora.inject(model, rank=rank)
+    lightning_lora.inject(model, rank=rank, target_modules=target_names(model))
 
 
-JOBS: dict[str, Callable[[], Any]] = {"llama": llama, "smollm": smollm, "mlp": mlp}
-METHODS: dict[str, Callable[[nn.Module, int], None]] = {f.__name__: f for f in (full, floor, peft, formed, factored)}
+def merged(model: nn.Module, rank: int) -> None:
+    """``gradient="merged"``."""
+    lightning_lora.inject(model, rank=rank, target_modules=target_names(model), gradient="merged")
+
+
+def projected(model: nn.Module, rank: int) -> None:
+    """``gradient="projected"`` (seed, eq. grad-1)."""
+    lightning_lora.inject(model, rank=rank, target_modules=target_names(model), gradient="projected")
+
+
+JOBS: dict[str, Callable[[], Any]] = {"llama": llama, "smollm": smollm, "resnet": resnet, "mlp": mlp}
+METHODS: dict[str, Callable[[nn.Module, int], None]] = {
+    f.__name__: f for f in (full, floor, peft, formed, factored, merged, projected)
+}
 
 
 def make_step(job: Any, method: str, rank: int) -> Step:
@@ -154,6 +191,8 @@ def make_step(job: Any, method: str, rank: int) -> Step:
     METHODS[method](model, rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    if optimizer is not None and lightning_lora.adapters(model):
+        lightning_lora.attach(model, optimizer)
 
     def step() -> None:
         job.loss(model).backward()
