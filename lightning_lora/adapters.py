@@ -55,9 +55,9 @@ class Adapter(nn.Module):
         return self.A.shape[0]
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """``scale * B.T @ A`` in the weight's layout: (m, n), or (n, m) if ``transposed``; at least float32."""
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``scale * B.T @ A`` in the weight's layout, (m, n), or (n, m) if ``transposed``; at least in ``dtype``."""
+        dtype = torch.promote_types(self.A.dtype, dtype)
         A, B = self.A.to(dtype), self.B.to(dtype)
         return self.scale * (A.T @ B if self.transposed else B.T @ A)
 
@@ -66,8 +66,8 @@ class Adapter(nn.Module):
         """W = W0 + delta in the dtype of W0, rounded once from at least float32; W0 itself where B is zero."""
         if not self.B.any():
             return weight.detach().clone()  # not W0 + 0, which would turn -0.0 into 0.0
-        delta = self.delta_weight()
-        return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     @torch.no_grad()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
@@ -79,10 +79,9 @@ class Adapter(nn.Module):
         """
         if not self.B.any():
             return weight.detach().clone(), 0.0
-        delta = self.delta_weight()
-        dtype = torch.promote_types(weight.dtype, delta.dtype)
-        base = (weight.to(dtype) - delta).to(weight.dtype)
-        roundoff = (torch.finfo(dtype).eps + torch.finfo(weight.dtype).eps) / 2
+        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
+        base = (weight.to(delta.dtype) - delta).to(weight.dtype)
+        roundoff = (torch.finfo(delta.dtype).eps + torch.finfo(weight.dtype).eps) / 2
         largest = weight.abs().max().item() + base.abs().max().item()
         subnormal = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
         return base, roundoff * (1 + roundoff) * largest + subnormal

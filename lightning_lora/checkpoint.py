@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.hosts import LinearHost
-from lightning_lora.options import Options
+from lightning_lora.inject import trained_besides
+from lightning_lora.options import CHECKPOINTS, Options, check_choice
 
 KEY = "lightning_lora"
 VERSION = 1
@@ -60,8 +61,7 @@ def take_apart(state: State, module: nn.Module, options: Options, form: str, fin
     What is left in ``state`` is the base model's: its keys, with W0 where the adapters were.
     """
     adapters = {name: adapter.state() for name, adapter in _pop_adapters(state, module)}
-    trained = [name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
-    trained = [name for name in trained if name in state]
+    trained = [name for name in trained_besides(module) if name in state]
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     frozen = [key for key in state if key in parameters and key not in trained]
     base = frozen if form == "adapter" else [f"{name}.weight" for name in adapters]
@@ -182,11 +182,12 @@ def _host_names(module: nn.Module) -> dict[str, LinearHost]:
 
 def _check_format(payload: Any) -> None:
     """That ``payload``, read from a file, is what :func:`take_apart` makes."""
-    if not isinstance(payload, Mapping) or not isinstance(payload.get("version"), int):
+    version = payload.get("version") if isinstance(payload, Mapping) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: it has no version.")
-    if payload["version"] > VERSION:
+    if version > VERSION:
         raise MisconfigurationException(
-            f"The checkpoint's adapters are saved in format {payload['version']}; this version of lightning-lora reads"
+            f"The checkpoint's adapters are saved in format {version}; this version of lightning-lora reads"
             f" formats up to {VERSION}. Upgrade lightning-lora."
         )
     kinds = {"form": str, "adapters": Mapping, "trained": list, "base": Mapping}
@@ -195,17 +196,25 @@ def _check_format(payload: Any) -> None:
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: `{field}` is missing or no {kind.__name__}."
             )
+    check_choice(f"{KEY}.form", payload["form"], CHECKPOINTS)
+    if not all(isinstance(name, str) for name in payload["trained"]):
+        raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: `trained` is not a list of names.")
     for name, entry in payload["adapters"].items():
         factors: list[Any] = [entry.get("A"), entry.get("B")] if isinstance(entry, Mapping) else []
         if not factors or not all(isinstance(f, Tensor) and f.dim() == 2 and f.is_floating_point() for f in factors):
             raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {name!r} has no matrices A and B.")
-        if factors[0].shape[0] != factors[1].shape[0] or not isinstance(entry.get("scale"), float):
-            raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: A, B and scale of {name!r} do not fit.")
+        primitives = isinstance(entry.get("scale"), float) and isinstance(entry.get("transposed"), bool)
+        if factors[0].shape[0] != factors[1].shape[0] or not primitives:
+            raise ValueError(
+                f"The checkpoint's `{KEY}` entry is malformed: A, B, scale and transposed of {name!r} do not fit."
+            )
     for key, expected in payload["base"].items():
         if not isinstance(expected, str) or not isinstance(_dtype_of(expected), torch.dtype):
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: the fingerprint of {key!r} is {expected!r}."
             )
+        if payload["form"] == "merged" and key.removesuffix(".weight") not in payload["adapters"]:
+            raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {key!r} in `base` has no adapter.")
 
 
 def _check_same_adapters(payload: State, module: nn.Module, hosts: Mapping[str, LinearHost]) -> None:
@@ -233,12 +242,11 @@ def _check_same_adapters(payload: State, module: nn.Module, hosts: Mapping[str, 
                     f"The adapter of {name!r} has {what} {there} in the checkpoint and {here} in this run. Give the"
                     " callback the options of the run that was saved."
                 )
-    names = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    names -= {f"{name}.lora.{factor}" for name in hosts for factor in "AB"}
-    if names != set(payload["trained"]):
+    names = trained_besides(module)
+    if set(names) != set(payload["trained"]):
         raise MisconfigurationException(
             f"Besides the adapters, the checkpoint trained {_listed(payload['trained'])} and this run trains"
-            f" {_listed(sorted(names))}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
+            f" {_listed(names)}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
         )
 
 

@@ -135,6 +135,22 @@ def injections(module: nn.Module) -> Iterator[Injection]:
             yield injection
 
 
+def trained_besides(module: nn.Module) -> list[str]:
+    """Names of the base's parameters that are trained in full, under every name that a shared one has.
+
+    ``requires_grad`` alone does not tell: ``toggle_optimizer`` clears it for the parameters of the other optimizers.
+    """
+    chosen = {
+        owner.get_parameter(name)
+        for owner in module.modules()
+        if isinstance(injection := owner.__dict__.get("lora_injection"), Injection)
+        for name in injection.trained
+    }
+    factors = {p for adapter in adapters(module).values() for p in adapter.parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    return [name for name, p in named if p in chosen or (p.requires_grad and p not in factors)]
+
+
 def _hosts(module: nn.Module) -> dict[str, LinearHost]:
     return {name: child for name, child in module.named_modules() if isinstance(child, LinearHost)}
 
