@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.text import Perplexity
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_lora import LoRA
 
@@ -81,12 +81,6 @@ class CausalLM(LightningModule):
         self.perplexity(logits[:, :-1], tokens[:, 1:])
         self.log("val/perplexity", self.perplexity, prog_bar=True)
 
-    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Continue a prompt greedily: tokens (1, length) in, tokens (1, length + at most 40) out."""
-        (prompt,) = batch
-        mask = torch.ones_like(prompt)
-        return self.model.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=False)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Give AdamW what requires a gradient: after injection, the adapters alone."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -111,7 +105,6 @@ class TextBlocks(LightningDataModule):
         block_size: Tokens in a block.
         batch_size: Blocks in a batch.
         val_blocks: Blocks held out.
-        prompt: What the model is asked to continue.
     """
 
     def __init__(
@@ -121,7 +114,6 @@ class TextBlocks(LightningDataModule):
         block_size: int = 128,
         batch_size: int = 4,
         val_blocks: int = 32,
-        prompt: str = "The",
     ) -> None:
         super().__init__()
         if path is not None and not path.is_file():
@@ -130,7 +122,6 @@ class TextBlocks(LightningDataModule):
         self.block_size = block_size
         self.batch_size = batch_size
         self.val_blocks = val_blocks
-        self.prompt = prompt
         self.tokenizer = AutoTokenizer.from_pretrained(**pretrained(name_or_path))
 
     @cached_property
@@ -140,12 +131,12 @@ class TextBlocks(LightningDataModule):
         Raises:
             ValueError: If the text has no block to train on beside those held out.
         """
-        tokens = self.encode(self.text())[0]
+        tokens = self.tokenizer(self.text(), return_tensors="pt").input_ids[0]
         count = len(tokens) // self.block_size
         if count <= self.val_blocks:
             raise ValueError(
-                f"The text has {len(tokens)} tokens, or {count} blocks of {self.block_size}: not enough to train on and "
-                f"to hold out {self.val_blocks} blocks. Use a longer text, or a smaller block_size or val_blocks."
+                f"The text has {len(tokens)} tokens, which make {count} blocks of {self.block_size}. Holding out"
+                f" {self.val_blocks} leaves none to train on: use a longer text, or a smaller block_size or val_blocks."
             )
         blocks = tokens[: count * self.block_size].view(count, self.block_size)
         return blocks[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
@@ -158,10 +149,6 @@ class TextBlocks(LightningDataModule):
 
         return "\n\n".join(topics[name] for name in sorted(topics))
 
-    def encode(self, text: str) -> Tensor:
-        """Return the tokens of ``text``, (1, length)."""
-        return self.tokenizer(text, return_tensors="pt").input_ids
-
     def train_dataloader(self) -> DataLoader:
         """Return the training blocks, in an order of its own."""
         blocks = TensorDataset(self.blocks[self.val_blocks :])
@@ -171,16 +158,13 @@ class TextBlocks(LightningDataModule):
         """Return the held-out blocks."""
         return DataLoader(TensorDataset(self.blocks[: self.val_blocks]), self.batch_size)
 
-    def predict_dataloader(self) -> DataLoader:
-        """Return the prompt."""
-        return DataLoader(TensorDataset(self.encode(self.prompt)), batch_size=1)
-
 
 class CLI(LightningCLI):
     """Lightning's command line with a group of options for the LoRA callback."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LoRA, "lora")
+        parser.add_argument("--prompt", type=str, help="What the model continues, before and after.")
         parser.link_arguments("model.name_or_path", "data.name_or_path")
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
 
@@ -191,52 +175,66 @@ def perplexity(trainer: Trainer, model: CausalLM, data: TextBlocks) -> float:
     return metrics["val/perplexity"]
 
 
-def continuation(trainer: Trainer, model: CausalLM, data: TextBlocks) -> str:
-    """Return the prompt and what ``model`` makes of it."""
-    (tokens,) = trainer.predict(model, data)
-    return data.tokenizer.decode(tokens[0], skip_special_tokens=True)
+def continuation(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Return ``prompt`` and the 40 tokens, or fewer, with which ``model`` continues it greedily."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    model.eval()
+    tokens = model.model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    model.train()
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def peak_memory() -> str:
-    """Return the most memory that was in use at once until now, on the GPU if there is one."""
+def memory(optimizer: torch.optim.Optimizer) -> str:
+    """Return what training holds for each trained parameter, and the most memory in use at once until now."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [value for state in optimizer.state.values() for value in state.values()]
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB allocated on the GPU at the peak"
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{peak / 2**20:.0f} MiB resident at the peak, in the whole process from its start"
+        peak, where = torch.cuda.max_memory_allocated(), "allocated on the GPU at the peak"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        where = "resident at the peak, in the whole process from its start"
+    gradients, states = (sum(tensor.nbytes for tensor in tensors) / 2**20 for tensors in (trained, moments))
+    return f"{gradients:.1f} MiB of gradients, {states:.1f} MiB of optimizer state; {peak / 2**20:.0f} MiB {where}"
 
 
 def main() -> None:
     """Measure, fine-tune, load the merged checkpoint into the plain model, and measure that."""
     config = Path(__file__).with_suffix(".yaml")
-    cli = CLI(CausalLM, TextBlocks, run=False, parser_kwargs={"default_config_files": [str(config)]})
+    cli = CLI(
+        CausalLM,
+        TextBlocks,
+        run=False,
+        auto_configure_optimizers=False,  # it would make the optimizer now, before there are adapters
+        parser_kwargs={"default_config_files": [str(config)]},
+    )
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
 
     perplexity_before = perplexity(trainer, model, data)
-    text_before = continuation(trainer, model, data)
+    text_before = continuation(model, data.tokenizer, cli.config.prompt)
 
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start
-    memory = peak_memory()
+    memory_used = memory(trainer.optimizers[0])
 
     checkpoint = trainer.checkpoint_callback.best_model_path
     merged = CausalLM.load_from_checkpoint(checkpoint)
     perplexity_after = perplexity(trainer, merged, data)
-    text_after = continuation(trainer, merged, data)
+    text_after = continuation(merged, data.tokenizer, cli.config.prompt)
 
     trainer.print(
         f"""
-held-out perplexity  {perplexity_before:.2f} before, {perplexity_after:.2f} after
-training             {trainer.global_step} steps in {seconds:.0f} s, merging and saving included
-memory               {memory}
-merged checkpoint    {checkpoint}
-
 --- before ---
 {text_before}
 
 --- after ---
-{text_after}"""
+{text_after}
+
+held-out perplexity  {perplexity_before:.2f} before, {perplexity_after:.2f} after
+training             {trainer.global_step} steps in {seconds:.0f} s, merging and saving included
+memory               {memory_used}
+merged checkpoint    {checkpoint}"""
     )
 
 

@@ -85,9 +85,10 @@ class Adapter(nn.Module):
         return self.A.shape[-2]
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """``scale * B.T @ A`` in the weight's layout and shape; at least float32."""
-        A, B = _at_least_float32(self.A), _at_least_float32(self.B)
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``scale * B.T @ A`` in the weight's layout and shape, at least in ``dtype``."""
+        dtype = torch.promote_types(self.A.dtype, dtype)
+        A, B = self.A.to(dtype), self.B.to(dtype)
         delta = self.scale * (A.mT @ B if self.transposed else B.mT @ A)
         return delta.view(self.shape)
 
@@ -103,24 +104,25 @@ class Adapter(nn.Module):
         """W = W0 + delta in the dtype of W0, rounded once from at least float32; W0 itself where delta is zero."""
         if self._is_zero():
             return weight.detach().clone()  # not W0 + 0, which would turn -0.0 into 0.0
-        delta = self.delta_weight()
-        return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     @torch.no_grad()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
         """W0 = W - delta in the dtype of W, and a bound of every entry's error if W is what ``folded_into`` gave.
 
         Both sums are rounded once to the dtype in which they are formed and once to the dtype of W, each time by half
-        an ulp at the most: the bound is (u + u') (max|W| + max|W0|), with u, u' the two units of roundoff.
+        an ulp at the most: the bound is (u + u') (max|W| + max|W0|), with u, u' the two units of roundoff, plus the
+        smallest subnormal for what underflows.
         """
         if self._is_zero():
             return weight.detach().clone(), 0.0
-        delta = self.delta_weight()
-        dtype = torch.promote_types(weight.dtype, delta.dtype)
-        base = (weight.to(dtype) - delta).to(weight.dtype)
-        roundoff = (torch.finfo(dtype).eps + torch.finfo(weight.dtype).eps) / 2
+        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
+        base = (weight.to(delta.dtype) - delta).to(weight.dtype)
+        roundoff = (torch.finfo(delta.dtype).eps + torch.finfo(weight.dtype).eps) / 2
         largest = weight.abs().max().item() + base.abs().max().item()
-        return base, roundoff * (1 + roundoff) * largest
+        subnormal = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
+        return base, roundoff * (1 + roundoff) * largest + subnormal
 
     @torch.no_grad()
     def follow(self, weight: Tensor, A: Tensor, B: Tensor) -> None:
@@ -174,25 +176,6 @@ class Adapter(nn.Module):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads A and B. A plain state, which has neither, holds the whole weight: the increment becomes zero."""
-        if f"{prefix}A" not in state_dict and f"{prefix}B" not in state_dict:
-            with torch.no_grad():
-                getattr(self, self.zero).zero_()
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -124,6 +124,8 @@ class LoRA(Callback):
         self._idle: set[str] = set()
         self._handles: list[Handle] = []
         self._after_fit: dict[str, Any] | None = None
+        self._waits_for_file = False
+        self._trains = False
 
     # ------------------------------------------------------------------------------------------------ before the run
 
@@ -143,12 +145,16 @@ class LoRA(Callback):
             _refuse_unsupported(trainer)
             self._after_fit = None
             self._fingerprints = ckpt.Fingerprints()
-        _check_file(trainer.ckpt_path)
+        self._trains = False
         pl_module.lora_callback = self  # type: ignore[assignment]
         swap(pl_module, _Run)
 
     def configured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Injects when all layers exist, unless the module's own code has injected the same adapters."""
+        """Injects when all layers exist, unless the module's own code has injected the same adapters.
+
+        What Lightning does next is to read the checkpoint, if it was given one; only then does it tell which.
+        """
+        self._waits_for_file = True
         if trainer.state.fn != "fit":
             return
         present = list(injections(pl_module))
@@ -159,6 +165,7 @@ class LoRA(Callback):
                 f"{type(pl_module).__name__} has adapters from an earlier `inject` with the options"
                 f" {present[0].options}, and the callback has {self.options}. Give both the same."
             )
+        self._trains = True
         held = [place.name for place in places(pl_module) if place.host.holds_increment]
         if held and self.checkpoint == "adapter":
             raise MisconfigurationException(
@@ -168,6 +175,7 @@ class LoRA(Callback):
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
+        self._waits_for_file = False
         self._after_fit = None
         ckpt.take_in(checkpoint, pl_module, self.exact_resume)
 
@@ -219,8 +227,14 @@ class LoRA(Callback):
     # ------------------------------------------------------------------------------------------------- after the run
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves a plain module behind; Lightning calls no ``teardown`` after an exception."""
+        """Leaves a plain module behind; Lightning calls no ``teardown`` after an exception.
+
+        Raises:
+            ValueError: If the reason was that the checkpoint is truncated, which the exception does not tell.
+        """
         self._make_plain(pl_module)
+        if self._waits_for_file and isinstance(exception, Exception) and _is_truncated(trainer.ckpt_path):
+            raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is truncated.") from exception
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves a plain module behind, with merged weights."""
@@ -243,7 +257,7 @@ class LoRA(Callback):
         self._handles = []
         unswap(pl_module)
         del pl_module.lora_callback
-        if pl_module._trainer is not None and pl_module.trainer.state.fn == "fit" and adapters(pl_module):
+        if self._trains and adapters(pl_module):
             state = pl_module.state_dict()
             self._after_fit = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
             merge(pl_module)
@@ -327,10 +341,10 @@ def _optimizers_with_adapters(trainer: pl.Trainer, pl_module: pl.LightningModule
     ]
 
 
-def _check_file(path: Any) -> None:
-    """A file that begins as a zip archive, as ``torch.save`` writes, and has no end was cut off."""
-    if path is not None and os.path.isfile(path):
-        with open(path, "rb") as file:
-            begins = file.read(4) == b"PK\x03\x04"
-        if os.path.getsize(path) == 0 or (begins and not zipfile.is_zipfile(path)):
-            raise ValueError(f"The checkpoint {str(path)!r} is truncated: it ends before its table of contents.")
+def _is_truncated(path: Any) -> bool:
+    """Whether the file begins as a zip archive, as ``torch.save`` writes, and ends before its table of contents."""
+    if path is None or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        begins = b"PK\x03\x04".startswith(file.read(4))
+    return begins and not zipfile.is_zipfile(path)

@@ -16,6 +16,7 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from lightning_lora import draws
 from lightning_lora.adapters import Adapter
 from lightning_lora.inject import Place, places, trained_besides
-from lightning_lora.options import Options
+from lightning_lora.options import CHECKPOINTS, Options, check_choice
 
 KEY = "lightning_lora"
 VERSION = 1
@@ -176,11 +177,12 @@ def _put_base_back(state: State, payload: State, module: nn.Module, found: list[
 
 def _check_format(payload: Any) -> None:
     """That ``payload``, read from a file, is what :func:`take_apart` makes."""
-    if not isinstance(payload, Mapping) or not isinstance(payload.get("version"), int):
+    version = payload.get("version") if isinstance(payload, Mapping) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: it has no version.")
-    if payload["version"] > VERSION:
+    if version > VERSION:
         raise MisconfigurationException(
-            f"The checkpoint's adapters are saved in format {payload['version']}; this version of lightning-lora reads"
+            f"The checkpoint's adapters are saved in format {version}; this version of lightning-lora reads"
             f" formats up to {VERSION}. Upgrade lightning-lora."
         )
     kinds = {"form": str, "adapters": Mapping, "trained": list, "base": Mapping}
@@ -189,6 +191,9 @@ def _check_format(payload: Any) -> None:
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: `{field}` is missing or no {kind.__name__}."
             )
+    check_choice(f"{KEY}.form", payload["form"], CHECKPOINTS)
+    if not all(isinstance(name, str) for name in payload["trained"]):
+        raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: `trained` is not a list of names.")
     for key, entry in payload["adapters"].items():
         if not isinstance(entry, Mapping) or not _is_adapter(entry):
             raise ValueError(
@@ -199,14 +204,22 @@ def _check_format(payload: Any) -> None:
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: the fingerprint of {key!r} is {expected!r}."
             )
+        if payload["form"] == "merged" and key not in payload["adapters"]:
+            raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {key!r} in `base` has no adapter.")
 
 
 def _is_adapter(entry: Mapping[str, Any]) -> bool:
-    try:
-        adapter = Adapter.from_state(entry)
-        return adapter.delta_weight().isfinite is not None and isinstance(adapter.scale, float)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+    """Whether the fields of ``entry`` have their types, and A and B the shapes that the weight's asks for."""
+    kinds = {"A": Tensor, "B": Tensor, "shape": list, "scale": float, "transposed": bool}
+    if entry.keys() != kinds.keys() or not all(isinstance(entry[field], kind) for field, kind in kinds.items()):
         return False
+    A, B, shape = entry["A"], entry["B"], entry["shape"]
+    if not all(isinstance(side, int) and side > 0 for side in shape) or A.dim() not in (2, 3) or A.dim() > len(shape):
+        return False
+    stack, m, n = shape[: A.dim() - 2], shape[A.dim() - 2], math.prod(shape[A.dim() - 1 :])
+    m, n = (n, m) if entry["transposed"] else (m, n)
+    fits = list(A.shape) == [*stack, A.shape[-2], n] and list(B.shape) == [*stack, A.shape[-2], m]
+    return fits and A.is_floating_point() and A.dtype == B.dtype
 
 
 def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) -> None:

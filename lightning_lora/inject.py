@@ -91,7 +91,12 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
         if target.name not in made:
             made[target.name] = _make(target, options)
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    encoders = {name: child for name, child in module.named_modules() if isinstance(child, nn.TransformerEncoder)}
+    hosts = {target.module for target in found.adapted}
+    encoders = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.TransformerEncoder) and not hosts.isdisjoint(child.modules())
+    }
     injection = Injection(
         options=options,
         adapted=list(made),
@@ -179,7 +184,7 @@ def places(module: nn.Module, remove_duplicate: bool = False) -> Iterator[Place]
                 yield Place(
                     name=prefix if parameter == "weight" and prefix else f"{dot}{parameter}",
                     key=f"{dot}{parameter}",
-                    factors=f"{dot}lora.{parameter}." if isinstance(host, ParameterHost) else f"{dot}lora.",
+                    factors=f"{dot}{host.factors(parameter)}",
                     host=host,
                     adapter=adapter,
                     weight=weight,

@@ -13,7 +13,7 @@ from lightning_lora.hosts.host import LayerHost
 from lightning_lora.hosts.linear import FusedConv1DHost, FusedLinearHost, LinearHost, MergedLinearHost
 
 SUPPORTED = (
-    "torch.nn's Linear and its subclasses, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, RNN, LSTM and GRU,"
+    "torch.nn.Linear and its subclasses, nn.Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, RNN, LSTM and GRU,"
     " and transformers' Conv1D; into any other parameter by `target_parameters`"
 )
 

@@ -16,8 +16,8 @@ class LinearHost(LayerHost):
 
     holds_increment = False
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return factored.add(super().forward(input, *args, **kwargs), input, self.lora, self.training)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return factored.add(super().forward(*args, **kwargs), _first(args, kwargs), self.lora, self.training)
 
 
 class FusedLinearHost(LinearHost):
@@ -30,8 +30,11 @@ class FusedLinearHost(LinearHost):
         return factored.linear(input, self.weight, self.bias, self.lora, self.training)
 
 
-class FusedConv1DHost(FusedLinearHost):
+class FusedConv1DHost(LinearHost):
     """Exactly ``transformers.pytorch_utils.Conv1D``: a Linear whose weight is stored (n, m)."""
+
+    weight: Tensor
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return factored.linear(x, self.weight.T, self.bias, self.lora, self.training)
@@ -42,6 +45,11 @@ class MergedLinearHost(LayerHost):
 
     holds_increment = True
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = super().forward(input, *args, **kwargs)
-        return merged.tap_linear(y, input, self.lora) if torch.is_grad_enabled() else y
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().forward(*args, **kwargs)
+        return merged.tap_linear(y, _first(args, kwargs), self.lora) if torch.is_grad_enabled() else y
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a layer, which its caller may name as it likes."""
+    return args[0] if args else next(iter(kwargs.values()))

@@ -30,6 +30,9 @@ class ParameterHost(Host):
     def adapted(self) -> Mapping[str, Adapter]:
         return cast(Mapping[str, Adapter], dict(self.lora.items()))
 
+    def factors(self, parameter: str) -> str:
+        return f"lora.{parameter}."
+
 
 class _Reader:
     def __init__(self, name: str) -> None:

@@ -1,0 +1,260 @@
+"""Where Lightning's own order of things breaks a callback that does not know it; each by a run that would fail."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.tuner import Tuner
+from models import Digest, Net, ResumableLoader, data, digest, layers, structure, trainer
+from resume import RESUMED, Run, SaveByHand
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import LoRA, adapters, inject
+
+
+class State(Callback):
+    """The module's state when training starts and when it ends."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.start = {key: value.clone() for key, value in pl_module.state_dict().items()}
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.end = {key: value.clone() for key, value in pl_module.state_dict().items()}
+        self.dtypes = {name: {p.dtype for p in a.parameters()} for name, a in adapters(pl_module).items()}
+        self.state_dtypes = {
+            value.dtype
+            for optimizer in trainer.optimizers
+            for state in optimizer.state.values()
+            for key, value in state.items()
+            if key != "step"
+        }
+
+
+@pytest.mark.parametrize("made_in", ["setup", "configure_model"])
+def test_1_layers_that_do_not_exist_in_the_callbacks_setup_are_adapted(made_in, tmp_path):
+    model, state = Net(made_in=made_in), State()
+    assert not hasattr(model, "layers")
+    trainer(tmp_path, LoRA(rank=2), state).fit(model, data())
+    assert "layers.0.lora.A" in state.end
+
+
+def test_2_weights_only_for_which_lightning_calls_no_callback_are_merged_and_merged_once(tmp_path):
+    state = State()
+    only = ModelCheckpoint(tmp_path, filename="only", save_weights_only=True)
+    trainer(tmp_path, LoRA(rank=2), state, SaveByHand(tmp_path / "full.ckpt"), only).fit(Net(), data())
+    only, full = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("only", "full"))
+    assert "callbacks" not in only
+    assert digest(only["state_dict"]) == digest(full["state_dict"])
+    assert not any("lora" in key for key in only["state_dict"])
+    A, B = (state.end[f"layers.0.lora.{factor}"] for factor in "AB")
+    torch.testing.assert_close(only["state_dict"]["layers.0.weight"], layers()[0].weight + B.T @ A)
+
+
+def test_3_a_file_without_callbacks_restores_the_adapters_of_an_injected_module(tmp_path):
+    state = State()
+    writer = ModelCheckpoint(tmp_path, filename="saved", save_weights_only=True)
+    trainer(tmp_path, LoRA(rank=2), state, writer).fit(Net(), data())
+    model = Net()
+    inject(model, rank=2)
+    trainer(tmp_path, LoRA(rank=2)).validate(model, data(), ckpt_path=tmp_path / "saved.ckpt", verbose=False)
+    assert digest(dict(sorted(model.state_dict().items()))) == digest(dict(sorted(state.end.items())))
+
+
+def test_3_a_plain_state_loads_strictly_into_the_adapted_module_and_is_the_whole_weight(tmp_path):
+    class LoadsPretrained(Net):
+        def on_fit_start(self) -> None:
+            for adapter in adapters(self).values():
+                torch.nn.init.ones_(adapter.B)
+            self.layers.load_state_dict(layers(seed=1).state_dict())
+
+    state = State()
+    trainer(tmp_path, LoRA(rank=2), state).fit(LoadsPretrained(), data())
+    assert torch.equal(state.start["layers.0.weight"], layers(seed=1)[0].weight)
+    assert not state.start["layers.0.lora.B"].any()
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """Loads checkpoints when the module is on its device, as strategies that shard do."""
+
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_4_a_strategy_that_restores_after_setup_resumes_to_the_same_bits(form, precision, tmp_path):
+    run = Run("by_hand", {"checkpoint": form}, {"precision": precision})
+    file, late = run.saved(tmp_path), Digest()
+    strategy = RestoresLate(accelerator=None, device=torch.device("cpu"))
+    resumed = trainer(tmp_path, run.callback(), late, max_epochs=2, strategy=strategy, **run.options)
+    resumed.fit(Net(), ResumableLoader(), ckpt_path=file)
+    expected = run.uninterrupted(tmp_path)
+    assert (late.module, late.optimizers) == (expected.module, expected.optimizers)
+
+
+def test_5_setup_is_called_for_every_stage_and_again_for_a_second_fit_and_injects_for_fit_alone(tmp_path):
+    model, run = Net(), None
+    before = structure(model)
+    lora, state = LoRA(rank=2), State()
+    for function in ("validate", "fit", "test", "fit", "predict"):
+        run = trainer(tmp_path, lora, state)
+        run_it = getattr(run, function)
+        run_it(model, data(), **({"verbose": False} if function in ("validate", "test") else {}))
+        assert structure(model) == before
+    assert sum("lora" in key for key in state.end) == 6
+
+
+@pytest.mark.parametrize(
+    ("precision", "adapter_dtype"),
+    [("bf16-true", "float32"), ("64-true", "float32"), ("32-true", "bfloat16"), ("bf16-true", "float64")],
+)
+def test_6_a_precision_that_casts_the_module_leaves_the_adapters_dtype(precision, adapter_dtype, tmp_path):
+    state = State()
+    trainer(tmp_path, LoRA(rank=2, adapter_dtype=adapter_dtype), state, precision=precision).fit(Net(), data())
+    expected = getattr(torch, adapter_dtype)
+    assert state.dtypes == {name: {expected} for name in ("layers.0", "layers.3", "layers.5")}
+    assert state.state_dtypes == {expected}
+    weight = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "32-true": torch.float32}[precision]
+    assert state.end["layers.0.weight"].dtype == weight
+    assert state.end["layers.0.lora.B"].any()
+
+
+def test_9_the_learning_rate_finder_leaves_the_run_that_follows_as_it_would_be(tmp_path):
+    class SameRate(LearningRateFinder):
+        def lr_find(self, trainer, pl_module) -> None:
+            super().lr_find(trainer, pl_module)
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = pl_module.hparams["lr"]
+
+    found, plain = State(), State()
+    finder = SameRate(num_training_steps=6, update_attr=False, early_stop_threshold=None)
+    trainer(tmp_path, LoRA(rank=2), found, finder).fit(Net(), ResumableLoader())
+    trainer(tmp_path, LoRA(rank=2), plain).fit(Net(), ResumableLoader())
+    assert len(finder.optimal_lr.results["lr"]) == 6
+    assert digest(found.start) == digest(plain.start)
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_9_the_tuner_finds_a_rate_and_leaves_the_module_plain_and_as_it_was(form, tmp_path):
+    class Tuned(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = 0.01
+
+    model = Tuned()
+    before, bits = structure(model), digest(model.state_dict())
+    run = trainer(tmp_path, LoRA(rank=2, checkpoint=form))
+    found = Tuner(run).lr_find(model, data(), num_training=6, update_attr=False, early_stop_threshold=None)
+    assert len(found.results["loss"]) == 6
+    assert digest(model.state_dict()) == bits
+    assert structure(model) == before
+
+
+def test_9_the_batch_size_finder_leaves_w0_and_the_adapters_as_they_were(tmp_path):
+    class Sized(Net):
+        validation_step = LightningModule.validation_step  # none
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_size = 2
+
+        def train_dataloader(self):
+            dataset = TensorDataset(torch.randn(16, 8), torch.randn(16, 4))
+            return DataLoader(dataset, batch_size=self.batch_size, drop_last=True)
+
+    state, model = State(), Sized()
+    finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    trainer(tmp_path, LoRA(rank=2), state, finder).fit(model)
+    assert model.batch_size > 2
+    assert torch.equal(state.start["layers.0.weight"], layers()[0].weight)
+    assert not state.start["layers.0.lora.B"].any()
+
+
+class TogglesAndSaves(Net):
+    """Two optimizers, toggled in automatic turns, and a checkpoint after every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx) -> None:
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            assert not self.layers[0].weight.requires_grad
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+            assert not self.layers[0].weight.requires_grad
+
+    def configure_optimizers(self):
+        first, *others = self.layers.children()
+        rest = [p for layer in others for p in layer.parameters()]
+        return torch.optim.AdamW(first.parameters()), torch.optim.AdamW(rest)
+
+
+def test_9_toggling_optimizers_never_thaws_a_frozen_weight(tmp_path):
+    state = State()
+    trainer(tmp_path, LoRA(rank=2), state).fit(TogglesAndSaves(), data())
+    assert torch.equal(state.end["layers.0.weight"], layers()[0].weight)
+    assert all(state.end[f"layers.{i}.lora.B"].any() for i in (0, 3, 5))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_10_a_step_that_is_skipped_changes_nothing_and_accumulated_batches_make_one_step(tmp_path):
+    class Skips(Net):
+        """Gives no loss in the second half, so that Lightning skips the steps."""
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx < 4 else None
+
+    halves, accumulated = State(), State()
+    run = trainer(tmp_path, LoRA(rank=2), halves, limit_train_batches=4)
+    run.fit(Net(), data())
+    skipped = State()
+    trainer(tmp_path, LoRA(rank=2), skipped).fit(Skips(), data())
+    factors = [key for key in halves.end if "lora" in key]
+    assert digest([skipped.end[key] for key in factors]) == digest([halves.end[key] for key in factors])
+    run = trainer(tmp_path, LoRA(rank=2), accumulated, accumulate_grad_batches=4)
+    run.fit(Net(), data())
+    assert run.global_step == 2
+
+
+def test_12_a_run_without_logger_bar_summary_or_checkpoints_works_and_says_nothing(tmp_path, capsys, caplog):
+    trainer(tmp_path, LoRA(rank=2), barebones=True, logger=None, log_every_n_steps=0).fit(Silent(), data())
+    assert "Adapted modules" not in capsys.readouterr().out + caplog.text
+
+
+class Silent(Net):
+    """Logs nothing, which a barebones Trainer asks for."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+
+def test_17_adapters_start_the_same_whatever_was_drawn_before_and_draw_nothing_themselves(tmp_path):
+    class LastDraw(State):
+        def on_train_start(self, trainer, pl_module) -> None:
+            super().on_train_start(trainer, pl_module)
+            self.drawn = torch.rand(1).item()
+
+    runs, plain = [LastDraw(), LastDraw()], LastDraw()
+    for state, seed in zip(runs, (1, 2), strict=True):
+        torch.manual_seed(seed)
+        trainer(tmp_path, LoRA(rank=2), state).fit(Net(), data())
+    assert digest(runs[0].start) == digest(runs[1].start)
+    assert not torch.equal(runs[0].start["layers.0.lora.A"][:, :8], runs[0].start["layers.3.lora.A"][:, :8])
+    torch.manual_seed(1)
+    trainer(tmp_path, plain).fit(Net(), data())
+    assert plain.drawn == runs[0].drawn
+    other = State()
+    trainer(tmp_path, LoRA(rank=2, seed=1), other).fit(Net(), data())
+    assert not torch.equal(other.start["layers.0.lora.A"], runs[0].start["layers.0.lora.A"])
+
+
+def test_17_the_file_of_a_run_resumes_after_other_draws_from_the_global_generator(tmp_path):
+    run = RESUMED["merged-epoch"]
+    expected = run.uninterrupted(tmp_path)
+    trainer(tmp_path, run.callback(), SaveByHand(tmp_path / "a.ckpt")).fit(Net(), ResumableLoader())
+    torch.manual_seed(99)
+    assert run.resumed(tmp_path, tmp_path / "a.ckpt").module == expected.module
