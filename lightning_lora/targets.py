@@ -161,8 +161,9 @@ def _check_that_all_match(option: str, rule: Rule, kind: str, names: Iterable[st
 def _nothing_left(root: nn.Module, options: Options, dropped: list[str], modules: dict[str, nn.Module]) -> str:
     if dropped:
         return (
-            f"`exclude_modules` and `modules_to_save` leave no module to adapt: they take {', '.join(dropped)}, all that"
-            f" `target_modules={options.target_modules!r}` and `target_parameters={options.target_parameters!r}` match."
+            f"`exclude_modules` and `modules_to_save` leave no module to adapt: they take {', '.join(dropped)}, all"
+            f" that `target_modules={options.target_modules!r}` and"
+            f" `target_parameters={options.target_parameters!r}` match."
         )
     kinds = sorted({type(module).__name__ for module in modules.values()})
     return (
