@@ -156,7 +156,7 @@ def _put_base_back(state: State, payload: State, module: nn.Module, exact: bool)
         if key in state:
             adapter = Adapter.from_state(payload["adapters"][key.removesuffix(".weight")])
             state[key], error = adapter.folded_out_of(state[key])
-            bound = max(bound, error)
+            bound = max(bound, 1.05 * error)  # what is printed, two digits, is still a bound
     rank_zero_warn(
         f"The checkpoint was trained on other weights than this module has in {_listed(others)}. W0 was recovered from"
         f" the merged weights, with an error of at most {bound:.1e} in any entry, so the run that resumes is close to"
