@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -123,7 +124,7 @@ class LoRA(Callback):
         self._fingerprints = ckpt.Fingerprints()
         self._idle: set[str] = set()
         self._handles: list[Handle] = []
-        self._after_fit: dict[str, Any] | None = None
+        self._held: tuple[weakref.ref[pl.LightningModule], dict[str, Any]] | None = None
         self._waits_for_file = False
         self._trains = False
 
@@ -143,7 +144,7 @@ class LoRA(Callback):
             )
         if stage == "fit":
             _refuse_unsupported(trainer)
-            self._after_fit = None
+            self._held = None
             self._fingerprints = ckpt.Fingerprints()
         self._trains = False
         pl_module.lora_callback = self  # type: ignore[assignment]
@@ -176,8 +177,9 @@ class LoRA(Callback):
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
         self._waits_for_file = False
-        self._after_fit = None
-        ckpt.take_in(checkpoint, pl_module, self.exact_resume)
+        ckpt.take_in(checkpoint, pl_module, self.exact_resume, self._held_by(pl_module))
+        payload = checkpoint.get(ckpt.KEY)
+        self._held = None if payload is None or adapters(pl_module) else (weakref.ref(pl_module), payload)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that what was injected will be trained, and says what it is."""
@@ -244,10 +246,14 @@ class LoRA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """After ``fit`` the module is plain, and what it takes to resume is no longer in it."""
-        if self._after_fit is not None and not adapters(pl_module):
-            if self.checkpoint == "adapter":
-                ckpt.put_out(checkpoint["state_dict"], self._after_fit)
-            checkpoint[ckpt.KEY] = self._after_fit
+        if (payload := self._held_by(pl_module)) is not None and not adapters(pl_module):
+            if payload["form"] == "adapter":
+                ckpt.put_out(checkpoint["state_dict"], payload)
+            checkpoint[ckpt.KEY] = payload
+
+    def _held_by(self, pl_module: pl.LightningModule) -> dict[str, Any] | None:
+        """The adapters that are folded into the weights of ``pl_module``, as they stand in a checkpoint."""
+        return self._held[1] if self._held is not None and self._held[0]() is pl_module else None
 
     def _make_plain(self, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, _Run) or pl_module.lora_callback is not self:
@@ -259,7 +265,8 @@ class LoRA(Callback):
         del pl_module.lora_callback
         if self._trains and adapters(pl_module):
             state = pl_module.state_dict()
-            self._after_fit = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
+            payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
+            self._held = weakref.ref(pl_module), payload
             merge(pl_module)
 
 

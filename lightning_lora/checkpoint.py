@@ -8,7 +8,7 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
     version   of this format
     form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
     options   of the callback, to be read by people
-    adapters  key of the adapted weight in state_dict -> its A, B, shape, scale, transposed
+    adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, shape, scale, transposed
     trained   names of the base's parameters that are trained in full
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is
@@ -65,7 +65,7 @@ def take_apart(state: State, module: nn.Module, options: Options, form: str, fin
     for place in places(module):
         if f"{place.factors}A" in state:
             factors = {factor: state.pop(f"{place.factors}{factor}") for factor in "AB"}
-            adapters[place.key] = {**place.adapter.state(), **factors}
+            adapters[place.name] = {**place.adapter.state(), **factors}
             if not place.host.holds_increment:
                 frozen.append(place.key)
         for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
@@ -96,8 +96,8 @@ def put_out(state: State, payload: State) -> None:
 def fold(state: State, payload: State) -> None:
     """Folds the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
     folded: dict[int, Tensor] = {}
-    for key, entry in payload["adapters"].items():
-        if key in payload["base"]:
+    for name, entry in payload["adapters"].items():
+        if (key := weight_key(name, state)) in payload["base"]:
             weight = state[key]
             place = weight.data_ptr()
             if place not in folded:
@@ -105,7 +105,12 @@ def fold(state: State, payload: State) -> None:
             state[key] = folded[place]
 
 
-def take_in(checkpoint: State, module: nn.Module, exact: bool) -> None:
+def weight_key(name: str, state: Mapping[str, Any]) -> str:
+    """The key in ``state`` of the weight whose adapter is called ``name``."""
+    return name if name in state else f"{name}.weight"
+
+
+def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | None = None) -> None:
     """Turns ``checkpoint["state_dict"]``, as read from a file, into the state that ``module`` is to load.
 
     An adapted module gets W0, A and B; a plain one gets merged weights. A checkpoint without adapters stays as it is.
@@ -114,6 +119,7 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool) -> None:
         checkpoint: Lightning's dictionary; its ``state_dict`` is replaced.
         module: The LightningModule, adapted or plain, with the weights that its own code gave it.
         exact: Whether to refuse a merged checkpoint whose W0 ``module`` does not have, instead of recovering W0.
+        held: The ``checkpoint["lightning_lora"]`` whose increments are folded into the weights of a plain ``module``.
 
     Raises:
         ValueError: If the adapters in the file are malformed.
@@ -127,26 +133,32 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool) -> None:
     if found:
         _check_same_adapters(payload, module, found)
     if found or payload["form"] == "adapter":
-        _put_base_back(state, payload, module, found, exact)
+        _put_base_back(state, payload, module, found, exact, held or {"base": {}, "adapters": {}})
     for place in found:
         for factor in "AB":
-            state[f"{place.factors}{factor}"] = payload["adapters"][place.key][factor]
+            state[f"{place.factors}{factor}"] = payload["adapters"][place.name][factor]
     if not found and payload["form"] == "adapter":
         fold(state, payload)
     checkpoint["state_dict"] = state
 
 
-def _put_base_back(state: State, payload: State, module: nn.Module, found: list[Place], exact: bool) -> None:
+def _put_base_back(
+    state: State, payload: State, module: nn.Module, found: list[Place], exact: bool, held: State
+) -> None:
     """W0 into ``state`` wherever ``module`` keeps W0: its own if that has the file's fingerprint, else recovered."""
     wanted = {place.key for place in found if not place.host.holds_increment}
     if payload["form"] == "adapter":
         wanted |= set(payload["base"])
     current = module.state_dict()
+    entries = {weight_key(name, current): entry for name, entry in payload["adapters"].items()}
+    folded = {weight_key(name, current): entry for name, entry in held["adapters"].items()}
     others: list[str] = []
     for key in sorted(wanted):
         expected = payload["base"].get(key, "")
         if key in current and fingerprint(current[key].to(_dtype_of(expected))) == expected:
             state[key] = current[key].to(_dtype_of(expected))
+        elif not found and key in folded and held["base"].get(key) == expected:
+            state[key], _ = Adapter.from_state(folded[key]).folded_out_of(current[key])
         else:
             others.append(key)
     if not others:
@@ -165,8 +177,8 @@ def _put_base_back(state: State, payload: State, module: nn.Module, found: list[
     bound = 0.0
     for key in others:
         if key in state:
-            state[key], error = Adapter.from_state(payload["adapters"][key]).folded_out_of(state[key])
-            bound = max(bound, error)
+            state[key], error = Adapter.from_state(entries[key]).folded_out_of(state[key])
+            bound = max(bound, 1.05 * error)  # what is printed, two digits, is still a bound
     rank_zero_warn(
         f"The checkpoint was trained on other weights than this module has in {_listed(others)}. W0 was recovered from"
         f" the merged weights, with an error of at most {bound:.1e} in any entry, so the run that resumes is close to"
@@ -194,17 +206,17 @@ def _check_format(payload: Any) -> None:
     check_choice(f"{KEY}.form", payload["form"], CHECKPOINTS)
     if not all(isinstance(name, str) for name in payload["trained"]):
         raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: `trained` is not a list of names.")
-    for key, entry in payload["adapters"].items():
+    for name, entry in payload["adapters"].items():
         if not isinstance(entry, Mapping) or not _is_adapter(entry):
             raise ValueError(
-                f"The checkpoint's `{KEY}` entry is malformed: A, B, shape and scale of {key!r} do not fit."
+                f"The checkpoint's `{KEY}` entry is malformed: A, B, shape, scale, transposed of {name!r} do not fit."
             )
     for key, expected in payload["base"].items():
         if not isinstance(expected, str) or not isinstance(_dtype_of(expected), torch.dtype):
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: the fingerprint of {key!r} is {expected!r}."
             )
-        if payload["form"] == "merged" and key not in payload["adapters"]:
+        if payload["form"] == "merged" and not {key, key.removesuffix(".weight")} & payload["adapters"].keys():
             raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {key!r} in `base` has no adapter.")
 
 
@@ -216,6 +228,8 @@ def _is_adapter(entry: Mapping[str, Any]) -> bool:
     A, B, shape = entry["A"], entry["B"], entry["shape"]
     if not all(isinstance(side, int) and side > 0 for side in shape) or A.dim() not in (2, 3) or A.dim() > len(shape):
         return False
+    if not math.isfinite(entry["scale"]):
+        return False
     stack, m, n = shape[: A.dim() - 2], shape[A.dim() - 2], math.prod(shape[A.dim() - 1 :])
     m, n = (n, m) if entry["transposed"] else (m, n)
     fits = list(A.shape) == [*stack, A.shape[-2], n] and list(B.shape) == [*stack, A.shape[-2], m]
@@ -224,20 +238,20 @@ def _is_adapter(entry: Mapping[str, Any]) -> bool:
 
 def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) -> None:
     saved = payload["adapters"]
-    keys = {place.key: place for place in found}
-    if missing := [key for key in saved if key not in keys]:
+    here = {place.name: place.adapter for place in found}
+    if missing := [name for name in saved if name not in here]:
         raise MisconfigurationException(
             f"The checkpoint has adapters for {_listed(missing)}, which this run does not adapt. Give the callback the"
             " options of the run that was saved."
         )
-    if new := [key for key in keys if key not in saved]:
+    if new := [name for name in here if name not in saved]:
         raise MisconfigurationException(
             f"This run adapts {_listed(new)}, for which the checkpoint has no adapters. Give the callback the options"
             " of the run that was saved."
         )
-    for key, place in keys.items():
-        given, entry = place.adapter, saved[key]
-        for what, here, there in (
+    for name, given in here.items():
+        entry = saved[name]
+        for what, now, then in (
             ("rank", given.rank, entry["A"].shape[-2]),
             (
                 "shapes",
@@ -247,9 +261,9 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
             ("scale", given.scale, entry["scale"]),
             ("dtype", given.A.dtype, entry["A"].dtype),
         ):
-            if here != there:
+            if now != then:
                 raise MisconfigurationException(
-                    f"The adapter of {key!r} has {what} {there} in the checkpoint and {here} in this run. Give the"
+                    f"The adapter of {name!r} has {what} {then} in the checkpoint and {now} in this run. Give the"
                     " callback the options of the run that was saved."
                 )
     names = trained_besides(module)
