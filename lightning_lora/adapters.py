@@ -70,7 +70,8 @@ class Adapter(nn.Module):
         """
         *stack, m, n = weight.shape if stacked else weight.flatten(1).shape
         m, n = (n, m) if kwargs.get("transposed") else (m, n)
-        A, B = torch.zeros(*stack, rank, n), torch.zeros(*stack, rank, m)
+        # Lightning injects under contexts that set the default dtype and device
+        A, B = (torch.zeros(*stack, rank, side, dtype=torch.float32, device="cpu") for side in (n, m))
         key = f"{seed}/{name}"
         generator = draws.generator(key)
         if kwargs.get("zero") == "A":
@@ -89,7 +90,8 @@ class Adapter(nn.Module):
         """``scale * B.T @ A`` in the weight's layout and shape, at least in ``dtype``."""
         dtype = torch.promote_types(self.A.dtype, dtype)
         A, B = self.A.to(dtype), self.B.to(dtype)
-        delta = self.scale * (A.mT @ B if self.transposed else B.mT @ A)
+        with torch.autocast(A.device.type, enabled=False):
+            delta = self.scale * (A.mT @ B if self.transposed else B.mT @ A)
         return delta.view(self.shape)
 
     def project(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,20 +134,23 @@ class Adapter(nn.Module):
         difference of two large products. A weight below float32 would lose every update smaller than half an ulp: it
         is rounded stochastically, by draws that depend on ``key`` and the new factors alone.
         """
-        left = torch.cat([self.B - B, B], dim=-2)
-        right = torch.cat([self.A, self.A - A], dim=-2)
+        dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
+        A, B, A_next, B_next = (factor.to(dtype) for factor in (A, B, self.A, self.B))
+        left = torch.cat([B_next - B, B], dim=-2)
+        right = torch.cat([A_next, A_next - A], dim=-2)
         if not (left[..., : self.rank, :].any() or right[..., self.rank :, :].any()):
             return
         if self.transposed:
             left, right = right, left
-        if weight.dtype.itemsize < 4:
-            step = self.scale * (_at_least_float32(left).mT @ _at_least_float32(right))
-            generator = draws.generator(self.key, *(draws.digest(factor) for factor in (self.A, self.B)))
-            weight.copy_(round_stochastically(weight.float() + step.view(self.shape), weight.dtype, generator))
-        elif weight.dim() == left.dim() == 2:
-            weight.addmm_(left.to(weight.dtype).mT, right.to(weight.dtype), alpha=self.scale)
-        else:
-            weight.add_((left.mT @ right).view(self.shape), alpha=self.scale)
+        with torch.autocast(weight.device.type, enabled=False):  # which is on in a manual optimization's step
+            if weight.dtype.itemsize < 4:
+                step = self.scale * (left.mT @ right).view(self.shape)
+                generator = draws.generator(self.key, *(draws.digest(factor) for factor in (self.A, self.B)))
+                weight.copy_(round_stochastically(weight.float() + step, weight.dtype, generator))
+            elif weight.dim() == left.dim() == 2:
+                weight.addmm_(left.to(weight.dtype).mT, right.to(weight.dtype), alpha=self.scale)
+            else:
+                weight.add_((left.mT @ right).view(self.shape), alpha=self.scale)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to make this adapter again; tensors and primitives only."""
@@ -176,10 +181,6 @@ class Adapter(nn.Module):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _never_called(*_: Any) -> None:

@@ -184,15 +184,21 @@ class LoRA(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that what was injected will be trained, and says what it is."""
         _check_trained(trainer, pl_module)
-        if any(place.host.holds_increment for place in places(pl_module)):
-            self._handles = [
-                attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)
-            ]
         self._idle = set(adapters(pl_module))
         if trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer)):
             print_summary(pl_module)
 
     # ---------------------------------------------------------------------------------------------------- in the run
+
+    def starts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has weights that hold their increment follow the optimizers, if they do not yet.
+
+        A tuner trains before ``on_fit_start`` and calls no callbacks; the module's own hook is called in any case.
+        """
+        if not self._handles and any(place.host.holds_increment for place in places(pl_module)):
+            self._handles = [
+                attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)
+            ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks again: the module's own ``on_fit_start`` may have frozen everything."""
@@ -282,6 +288,10 @@ class _Run(Swapped, pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.lora_callback.loaded(self.trainer, self, checkpoint)
+
+    def on_train_start(self) -> None:
+        self.lora_callback.starts(self.trainer, self)
+        super().on_train_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The user's hook comes last and sees what it would see without adapters."""

@@ -168,11 +168,16 @@ def _put_base_back(
             f"The checkpoint holds adapters only, and {_listed(others)} of this module are not the weights they were"
             " trained on. Load the same pretrained weights first."
         )
+    if any(key in payload["base"] for key in others):
+        reason = f"The checkpoint was trained on other weights than this module has in {_listed(others)}"
+        remedy = "build the module on the same pretrained weights"
+    else:
+        reason = f"The checkpoint's run held the increments in the weights, and this one needs W0 in {_listed(others)}"
+        remedy = "use the `gradient` of the run that was saved"
     if exact:
         raise MisconfigurationException(
-            f"The checkpoint was trained on other weights than this module has in {_listed(others)}, and"
-            " `exact_resume=True` was asked for. Build the module on the same pretrained weights, or allow W0 to be"
-            " recovered from the merged weights by `exact_resume=False`."
+            f"{reason}, and `exact_resume=True` was asked for. To resume exactly, {remedy}, or allow W0 to be recovered"
+            " from the merged weights by `exact_resume=False`."
         )
     bound = 0.0
     for key in others:
@@ -180,10 +185,9 @@ def _put_base_back(
             state[key], error = Adapter.from_state(entries[key]).folded_out_of(state[key])
             bound = max(bound, 1.05 * error)  # what is printed, two digits, is still a bound
     rank_zero_warn(
-        f"The checkpoint was trained on other weights than this module has in {_listed(others)}. W0 was recovered from"
-        f" the merged weights, with an error of at most {bound:.1e} in any entry, so the run that resumes is close to"
-        " the one that was saved but not bitwise equal. To resume exactly, build the module on the same pretrained"
-        " weights; `exact_resume=True` makes this an error."
+        f"{reason}. W0 was recovered from the merged weights, with an error of at most {bound:.1e} in any entry, so the"
+        f" run that resumes is close to the one that was saved but not bitwise equal. To resume exactly, {remedy};"
+        " `exact_resume=True` makes this an error."
     )
 
 

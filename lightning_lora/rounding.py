@@ -23,5 +23,6 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generat
     error = x - nearest.float()
     other = torch.nextafter(nearest, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
     gap = (other.float() - nearest.float()).abs()
-    draws = torch.rand(x.shape, generator=generator).to(x.device)
+    # not in the default dtype: that of a step in manual optimization under "bf16-true" has 256 numbers in [0, 1)
+    draws = torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
     return torch.where(draws * gap < error.abs(), other, nearest)

@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Digest, Net, ResumableLoader, ScheduledNet, TwoOptimizersNet, trainer
+from zoo import TIED, ZOO, TiedNet, Zoo
 
 from lightning_lora import LoRA
 
@@ -103,11 +104,42 @@ RESUMED = {
 }
 WEIGHTS_ONLY = {f"{form}-weights_only": Run("weights_only", {"checkpoint": form}) for form in ("merged", "adapter")}
 
+DOUBLE = {"adapter_dtype": "float64"}
+
+IN_EVERY_GRADIENT = {
+    **{
+        f"{gradient}-{name}": Run(route, {"gradient": gradient, **lora}, options, model)
+        for gradient in ("merged", "projected")
+        for name, (route, lora, options, model) in {
+            "accumulated": ("steps", {}, ACCUMULATED, Net),
+            "after_fit": ("after_fit", {}, {}, Net),
+            "bf16-true-accumulated": ("steps", {}, {"precision": "bf16-true", **ACCUMULATED}, Net),
+            "bf16-true-after_fit": ("after_fit", {}, {"precision": "bf16-true"}, Net),
+            "bf16-mixed": ("steps", {}, {"precision": "bf16-mixed"}, Net),
+            "bfloat16-adapters": ("steps", {"adapter_dtype": "bfloat16"}, {}, Net),
+            "64-true": ("steps", DOUBLE, {"precision": "64-true"}, lambda: Net(made_in="configure_model")),
+            "trained-besides": ("steps", BESIDES, {"gradient_clip_val": 0.1}, ScheduledNet),
+            "two-optimizers-bf16-true": ("epoch", {}, {"precision": "bf16-true"}, TwoOptimizersNet),
+        }.items()
+    },
+    **{
+        f"{gradient}-zoo-{precision}": Run("steps", {"gradient": gradient, **ZOO}, {"precision": precision}, Zoo)
+        for gradient in ("factored", "merged", "projected")
+        for precision in ("32-true", "bf16-true", "bf16-mixed")
+    },
+    "projected-tied": Run("steps", {"gradient": "projected", **TIED}, ACCUMULATED, TiedNet),
+    "projected-tied-bf16-true": Run(
+        "after_fit", {"gradient": "projected", **TIED}, {"precision": "bf16-true"}, TiedNet
+    ),
+}
+
 
 def main(folder: Path) -> None:
-    """Resumes every run from its file in ``folder`` and prints, as JSON, what came of it."""
+    """Resumes every run that has a file in ``folder`` and prints, as JSON, what came of it."""
     results = {}
-    for name, run in RESUMED.items():
+    for name, run in {**RESUMED, **IN_EVERY_GRADIENT}.items():
+        if not (folder / name).exists():
+            continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             digest = run.resumed(folder / name, folder / name / "saved.ckpt")

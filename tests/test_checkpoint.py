@@ -39,12 +39,17 @@ print(json.dumps(results))
 
 
 def in_a_new_process(*command: str) -> str:
+    """The last line that it prints."""
+    return printed_by_a_new_process(*command)[-1]
+
+
+def printed_by_a_new_process(*command: str) -> list[str]:
     path = os.pathsep.join([str(Path(lightning_lora.__file__).parents[1]), str(HERE)])
     done = subprocess.run(
         [sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()
 
 
 ALL = {**RESUMED, **WEIGHTS_ONLY}

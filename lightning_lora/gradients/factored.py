@@ -15,8 +15,6 @@ allocated besides Y and dX. With dropout, X is masked where it meets A and nowhe
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.gradients.autocast import without_autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool) -> Tensor:
@@ -72,20 +71,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _without_autocast(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """The forward's dtypes hold in its backward, also where that is called under autocast."""
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        device = dy.device.type
-        if not torch.is_autocast_enabled(device):
-            return backward(ctx, dy)
-        with torch.autocast(device, enabled=False):
-            return backward(ctx, dy)
-
-    return wrapped
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -99,7 +84,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, mask, z = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
@@ -126,7 +111,7 @@ class _Add(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, mask, z = ctx.saved_tensors
         _, need_x, need_A, need_B, *_ = ctx.needs_input_grad

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.gradients.autocast import without_autocast
 
 Increment = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, A, B) -> what a layer's increment adds to its output."""
@@ -37,6 +38,7 @@ class _LinearTap(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
@@ -55,6 +57,7 @@ class _Tap(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = (tensor.detach() for tensor in ctx.saved_tensors)

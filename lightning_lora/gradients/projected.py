@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.gradients.autocast import without_autocast
 
 
 def read(weight: Tensor, adapter: Adapter) -> Tensor:
@@ -27,6 +28,7 @@ class _Read(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.adapter.project(gradient), None

@@ -1,0 +1,759 @@
+"""Merged and projected beside factored in real runs: the same losses, and files that resume to the same bits."""
+
+import copy
+import itertools
+import json
+import math
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import RUNS, train
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from models import (
+    Net,
+    ResumableLoader,
+    ScheduledNet,
+    TwoOptimizersNet,
+    batches,
+    data,
+    digest,
+    structure,
+    trainer,
+)
+from resume import IN_EVERY_GRADIENT, SaveByHand
+from test_bad_input import BAD, refused
+from test_checkpoint import in_a_new_process, printed_by_a_new_process, read
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import ZOO, EncoderNet, TiedNet, Zoo
+
+import lightning_lora
+from lightning_lora import LoRA, adapters, attach, inject, merge
+from lightning_lora.hosts import ParameterHost
+from lightning_lora.inject import places
+
+HERE = Path(__file__).parent
+GRADIENTS = ["factored", "merged", "projected"]
+HOLDING = ["merged", "projected"]
+DOUBLE = {"adapter_dtype": "float64"}
+TARGETS = {Net: {}, ScheduledNet: {}, Zoo: ZOO, EncoderNet: {}, TiedNet: {"target_modules": ["layers.embed", "body"]}}
+
+
+class Losses(Callback):
+    """The loss of every batch."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+class Follows(Callback):
+    """Asserts after every batch that W = W0 + increment; notes the batches in which the increments moved."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.moved: list[int] = []
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.W0 = {place.key: place.weight.detach().clone() for place in places(pl_module)}
+        self.before = {key: torch.zeros_like(weight, dtype=torch.float64) for key, weight in self.W0.items()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        found = list(places(pl_module))
+        after = {place.key: place.adapter.delta_weight(torch.float64) for place in found}
+        for place in found:
+            W0 = self.W0[place.key].double()
+            expected = W0 + after[place.key] if place.host.holds_increment else W0
+            torch.testing.assert_close(place.weight.detach().double(), expected, rtol=0, atol=self.tolerance)
+        if any(not torch.equal(after[key], self.before[key]) for key in after):
+            self.moved.append(batch_idx)
+        self.before = after
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        assert all(delta.abs().max() > 1e-3 for delta in self.before.values())
+
+
+def lora(model, gradient, **options):
+    """The callback that adapts all of ``model``."""
+    return LoRA(**{"rank": 2, "alpha": 3, "gradient": gradient, **TARGETS.get(model, {}), **options})
+
+
+def losses(folder, model, gradient, *callbacks, options=None, file=None, made_in="__init__", **trainer_options):
+    """Those of a run."""
+    seen = Losses()
+    run = trainer(folder, lora(model, gradient, **(options or {})), seen, *callbacks, **trainer_options)
+    run.fit(model(made_in=made_in), ResumableLoader(), ckpt_path=file)
+    return seen.values
+
+
+# -------------------------------------------------------------------------------------------------- files, and resuming
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One checkpoint of every kind, each in the folder of its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, run in IN_EVERY_GRADIENT.items():
+        (folder / name).mkdir()
+        run.saved(folder / name).rename(folder / name / "saved.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(folder):
+    return json.loads(in_a_new_process(str(HERE / "resume.py"), str(folder)))
+
+
+@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
+def test_a_new_process_resumes_to_the_same_bits_as_the_uninterrupted_run(name, resumed, tmp_path):
+    expected = IN_EVERY_GRADIENT[name].uninterrupted(tmp_path)
+    assert resumed[name] == [expected.module, expected.optimizers, expected.steps, []]
+    assert any("lora" in key for key in expected.names)
+
+
+def base_of(run):
+    """The plain model of ``run``, in the dtype that its Trainer gives it."""
+    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(run.options.get("precision"), torch.float32)
+    model = run.model()
+    model.configure_model()
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
+def test_a_file_has_the_base_models_keys_in_its_order_with_its_shapes_and_dtypes(name, folder):
+    file, plain = read(folder / name / "saved.ckpt"), base_of(IN_EVERY_GRADIENT[name])
+    expected = [(key, value.shape, value.dtype) for key, value in plain.state_dict().items()]
+    assert [(key, value.shape, value.dtype) for key, value in file["state_dict"].items()] == expected
+    assert all("lora" not in key for key in file["state_dict"]._metadata)
+    factored = {"layers.embed.weight", "layers.conv.weight", "layers.head.weight"} if "factored" in name else set()
+    assert set(file["lightning_lora"]["base"]) == factored
+    for entry in file["lightning_lora"]["adapters"].values():
+        assert {key: type(value) for key, value in entry.items()} == {
+            "A": torch.Tensor,
+            "B": torch.Tensor,
+            "shape": list,
+            "scale": float,
+            "transposed": bool,
+        }
+
+
+OUTSIDER = """
+import json, sys
+sys.modules["lightning_lora"] = None
+import torch
+from models import *
+from zoo import *
+results = []
+for model, file in zip(sys.argv[1::2], sys.argv[2::2]):
+    state = torch.load(file, weights_only=True)["state_dict"]
+    module = globals()[model]()
+    module.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in module.state_dict().items())
+    results.append(module.eval()(batches()[0][0]).tolist())
+print(json.dumps(results))
+"""
+
+
+IGNORED = "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided"
+
+
+@pytest.fixture(scope="module")
+def outsider(folder):
+    names = {name: type(run.model()).__name__ for name, run in IN_EVERY_GRADIENT.items()}
+    arguments = [part for name, model in names.items() for part in (model, str(folder / name / "saved.ckpt"))]
+    return dict(zip(names, json.loads(in_a_new_process("-c", OUTSIDER, *arguments)), strict=True))
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
+def test_a_process_without_the_library_computes_what_the_injected_module_does(name, folder, outsider, tmp_path):
+    run = IN_EVERY_GRADIENT[name]
+    model = type(run.model())()
+    inject(model, **{"rank": 2, "alpha": 3, **run.lora})
+    trainer(tmp_path, run.callback()).validate(model, data(), ckpt_path=folder / name / "saved.ckpt", verbose=False)
+    assert all(adapter.delta_weight().abs().max() > 1e-3 for adapter in adapters(model).values())
+    actual = model.eval()(batches()[0][0]).detach()
+    # the weight is the file's, bit for bit, unless it is W0, which stands in the file plus its increment, rounded
+    tolerance = 0 if "factored" not in name else 0.05 if "bf16-true" in name else 1e-5
+    torch.testing.assert_close(actual, torch.tensor(outsider[name]), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize(("model", "gradient"), [*((Zoo, gradient) for gradient in GRADIENTS), (TiedNet, "projected")])
+def test_the_last_file_of_fit_and_the_module_after_it_have_the_same_weights(model, gradient, precision, tmp_path):
+    module = model()
+    before = structure(module)
+    file = ModelCheckpoint(tmp_path, filename="end")
+    trainer(tmp_path, lora(model, gradient), file, precision=precision).fit(module, data())
+    assert digest(read(tmp_path / "end.ckpt")["state_dict"]) == digest(module.state_dict())
+    assert structure(module) == before
+
+
+# ------------------------------------------------------------------------------------------------------ the same losses
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (ScheduledNet, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}),
+        (Zoo, {}),
+        (EncoderNet, {"gradient_clip_val": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_all_three_gradients_give_the_same_losses(model, precision, options, tmp_path):
+    adapter_dtype = "float64" if precision == "64-true" else "float32"
+    runs = [
+        losses(
+            tmp_path,
+            model,
+            gradient,
+            options={"adapter_dtype": adapter_dtype},
+            precision=precision,
+            max_epochs=2,
+            **options,
+        )
+        for gradient in GRADIENTS
+    ]
+    assert len(runs[0]) == 16
+    assert abs(runs[0][8] - runs[0][0]) > 1e-3
+    for run in runs[1:]:
+        assert run == pytest.approx(runs[0], rel=1e-10 if precision == "64-true" else 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("model", [Net, Zoo])
+def test_in_bfloat16_the_losses_stay_within_its_rounding(model, precision, tmp_path):
+    runs = [losses(tmp_path, model, gradient, precision=precision) for gradient in GRADIENTS]
+    for run in runs[1:]:
+        assert run == pytest.approx(runs[0], rel=0.05)
+
+
+# --------------------------------------------------------------------------------- saved in one way, resumed in another
+
+
+def recovered(caught):
+    return [str(warning.message) for warning in caught if "W0 was recovered" in str(warning.message)]
+
+
+FACTORED = {Net: ["layers.0", "layers.3", "layers.5"], Zoo: ["layers.conv", "layers.embed", "layers.head"]}
+
+
+@pytest.mark.parametrize(("model", "precision"), [(Net, "32-true"), (Zoo, "64-true")])
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(GRADIENTS, 2)))
+def test_a_file_saved_in_one_mode_goes_on_in_another(before, after, model, precision, tmp_path):
+    options = {
+        "options": {"adapter_dtype": "float64" if precision == "64-true" else "float32"},
+        "made_in": "configure_model",
+        "precision": precision,
+    }
+    expected = losses(tmp_path, model, before, max_epochs=2, **options)
+    first = losses(tmp_path, model, before, SaveByHand(tmp_path / "saved.ckpt"), **options)
+    assert first == expected[:8]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second = losses(tmp_path, model, after, file=tmp_path / "saved.ckpt", max_epochs=2, **options)
+    assert second == pytest.approx(expected[8:], rel=1e-10 if precision == "64-true" else 1e-5)
+    messages = recovered(caught)
+    assert len(messages) == (after == "factored")
+    if messages:
+        assert re.findall(r"'(layers[.\w]+)\.weight'", messages[0]) == FACTORED[model]
+        assert "use the `gradient` of the run that was saved" in messages[0]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_w0_recovered_from_a_merged_run_gives_its_function_within_the_warned_bound(precision, tmp_path):
+    """The weight that was trained is W; the warning bounds W0 + increment - W."""
+
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.W = {
+                place.key: place.weight.double() + place.adapter.delta_weight(torch.float64)
+                for place in places(pl_module)
+            }
+
+    start = Start()
+    losses(tmp_path, Net, "merged", SaveByHand(tmp_path / "saved.ckpt"), precision=precision)
+    with pytest.warns(UserWarning, match="W0 was recovered") as caught:
+        losses(tmp_path, Net, "factored", start, file=tmp_path / "saved.ckpt", precision=precision, max_epochs=2)
+    bound = float(re.search(r"at most (\S+) in any", recovered(caught)[0])[1])
+    state = read(tmp_path / "saved.ckpt")["state_dict"]
+    errors = [(start.W[key] - state[key].double()).abs().max().item() for key in start.W]
+    assert len(errors) == 3
+    assert 0 < max(errors) <= bound < 0.02
+
+
+@pytest.mark.parametrize("gradient", HOLDING)
+def test_exactness_can_be_had_in_the_same_mode_and_is_refused_in_factored(gradient, tmp_path):
+    file = tmp_path / "saved.ckpt"
+    losses(tmp_path, Net, gradient, SaveByHand(file))
+    assert len(losses(tmp_path, Net, gradient, options={"exact_resume": True}, file=file, max_epochs=2)) == 8
+    refused(
+        tmp_path, Net(), lora(Net, "factored", exact_resume=True), match=["exact_resume", "'layers.0"], ckpt_path=file
+    )
+
+
+# --------------------------------------------------------------------------------- one increment for each real step
+
+
+class ZooByHand(Zoo):
+    """Manual optimization, in which the step is taken inside ``training_step``."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.manual_backward(loss / 2)
+        if batch_idx % 2 == 1:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss
+
+
+class NoLoss(Net):
+    """Gives no loss in batches 2 and 5, so that Lightning skips them."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx in (2, 5) else super().training_step(batch, batch_idx)
+
+
+TARGETS[ZooByHand] = ZOO
+EVERY, ODD = list(range(8)), [1, 3, 5, 7]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize(
+    ("model", "options", "moved"),
+    [
+        (Net, {}, EVERY),
+        (Net, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, ODD),
+        (Net, {"accumulate_grad_batches": 3}, [2, 5, 7]),
+        (ScheduledNet, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, EVERY),
+        (TwoOptimizersNet, {}, EVERY),
+        (NoLoss, {}, [0, 1, 3, 4, 6, 7]),
+        (Zoo, {"accumulate_grad_batches": 2}, ODD),
+        (ZooByHand, {}, ODD),
+    ],
+)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_weight_follows_once_for_each_step(gradient, model, options, moved, tmp_path):
+    follows = Follows(1e-13)
+    run = trainer(tmp_path, lora(model, gradient, **DOUBLE), follows, precision="64-true", **options)
+    run.fit(model(), data())
+    assert follows.moved == moved
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "adapter_dtype"),
+    [
+        (Zoo, "32-true", "float32"),
+        (Zoo, "32-true", "bfloat16"),
+        (Zoo, "bf16-mixed", "float32"),
+        (ZooByHand, "bf16-mixed", "float32"),
+    ],
+)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_float32_weight_follows_to_its_own_rounding(gradient, model, precision, adapter_dtype, tmp_path):
+    """Whatever the adapter's precision, and that in which the step is taken."""
+    follows = Follows(2e-6)
+    trainer(tmp_path, lora(model, gradient, adapter_dtype=adapter_dtype), follows, precision=precision).fit(
+        model(), data()
+    )
+    assert len(follows.moved) >= 4
+
+
+class Overflows(Net):
+    """The loss is infinite in batches 1, 2 and 5, so that a GradScaler skips their steps."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * (math.inf if batch_idx in (1, 2, 5) else 1)
+
+
+class OverflowsByHand(TwoOptimizersNet):
+    def loss(self, batch):
+        self.calls = getattr(self, "calls", -1) + 1
+        return super().loss(batch) * (math.inf if self.calls // 2 in (1, 2, 5) else 1)
+
+
+@pytest.mark.parametrize("model", [Overflows, OverflowsByHand])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_step_that_the_scaler_skips_moves_nothing(gradient, model, tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    follows, plugin = Follows(2e-6), MixedPrecision("16-mixed", "cpu", scaler)
+    trainer(tmp_path, lora(model, gradient), follows, plugins=[plugin]).fit(model(), data())
+    assert follows.moved == [0, 3, 4, 6, 7]
+    assert scaler.get_scale() == 256.0 / 2 ** (3 if model is Overflows else 6)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_steps_taken_by_hand_give_the_bits_of_automatic_ones(gradient, precision, tmp_path):
+    """Though backward and step are then under the precision's contexts: autocast, and another default dtype."""
+    states = []
+    for model, options in ((Zoo(), {"accumulate_grad_batches": 2}), (ZooByHand(), {})):
+        trainer(tmp_path, lora(Zoo, gradient), precision=precision, **options).fit(model, data())
+        states.append(model.state_dict())
+    assert digest(states[0]) == digest(states[1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "gradient"),
+    [
+        (nn.Linear(8, 4), "factored"),
+        (nn.Linear(8, 4), "merged"),  # where it is projected, torch itself computes dL/dW under autocast
+        *((nn.Conv1d(8, 4, 1), gradient) for gradient in GRADIENTS),
+    ],
+)
+def test_a_backward_under_autocast_computes_in_the_dtypes_of_its_forward(layer, gradient):
+    module = nn.Sequential(copy.deepcopy(layer))
+    inject(module, rank=2, target_modules=["0"], gradient=gradient)
+    (adapter,) = adapters(module).values()
+    nn.init.normal_(adapter.B, generator=torch.Generator().manual_seed(0))
+    x, gradients = batches()[0][0], []
+    x = x if isinstance(layer, nn.Linear) else x[:, :, None]
+    for enabled in (False, True):
+        loss = (module(x) ** 2).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(loss, list(adapter.parameters())))
+    assert digest(gradients[0]) == digest(gradients[1])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_adapters_start_the_same_whatever_the_precision_of_the_trainer(gradient, precision, tmp_path):
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.factors = {name: copy.deepcopy(a.state_dict()) for name, a in adapters(pl_module).items()}
+
+    start, plain = Start(), Net()
+    trainer(tmp_path, lora(Net, gradient), start, precision=precision).fit(Net(), data())
+    with torch.device("meta"):
+        inject(plain, rank=2, alpha=3, gradient=gradient)
+    assert digest(start.factors) == digest({key: a.state_dict() for key, a in adapters(plain).items()})
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_learning_rate_finder_sees_losses_of_steps_that_move_the_weights(gradient, tmp_path):
+    def found(gradient):
+        finder = LearningRateFinder(num_training_steps=8, min_lr=0.01, update_attr=False, early_stop_threshold=None)
+        trainer(tmp_path, finder, lora(Net, gradient)).fit(Net(), ResumableLoader())
+        return finder.optimal_lr.results["loss"]
+
+    expected = found("factored")
+    assert max(expected) - min(expected) > 0.05
+    assert found(gradient) == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- what cannot be, by name
+
+
+@pytest.mark.parametrize(
+    ("model", "gradient", "name"),
+    [
+        (Net, "merged", "'layers.0'"),
+        (Net, "projected", "'layers.0'"),
+        (Zoo, "factored", "'layers.attention.in_proj_weight'"),
+    ],
+)
+@pytest.mark.parametrize("made_in", ["__init__", "configure_model"])
+def test_files_of_adapters_only_are_refused_where_a_weight_holds_its_increment(
+    model, gradient, name, made_in, tmp_path
+):
+    module = model(made_in=made_in)
+    callback = lora(model, gradient, checkpoint="adapter")
+    if made_in == "__init__":
+        refused(tmp_path, module, callback, match=["checkpoint='adapter'", name, "checkpoint='merged'"])
+        return
+    steps = Losses()
+    with pytest.raises(BAD, match="checkpoint='adapter'"):
+        trainer(tmp_path, callback, steps).fit(module, data())
+    assert steps.values == []
+    assert digest(module.state_dict()) == digest(model().state_dict())
+    assert [type(child) for child in module.modules()] == [type(child) for child in model().modules()]
+    assert all(p.requires_grad for p in module.parameters())
+
+
+class WithLBFGS(Net):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_lbfgs_is_refused_where_the_weight_would_lag_behind_and_trains_where_it_would_not(gradient, tmp_path):
+    model = WithLBFGS()
+    if gradient == "factored":
+        trainer(tmp_path, lora(Net, gradient)).fit(model, data())
+        assert digest(model.state_dict()) != digest(Net().state_dict())
+        return
+    refused(tmp_path, model, lora(Net, gradient), match=["LBFGS", "'layers.0'", "gradient='factored'"])
+
+
+# ------------------------------------------------------------------------------------------- layers that are not called
+
+
+class Loss(Callback):
+    """What validation gives in the run, before any step and at the end."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.values.append(trainer.callback_metrics["val_loss"].item())
+        self.hosts = {place.name: isinstance(place.host, ParameterHost) for place in places(pl_module)}
+
+
+NESTED = "ignore:The PyTorch API of nested tensors is in prototype stage"
+
+
+@pytest.mark.filterwarnings(NESTED)
+@pytest.mark.parametrize("targets", ["all-linear", ["self_attn", "linear1", "linear2"], ["linear1"]])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_validation_by_the_encoders_fast_path_sees_the_adapters(gradient, targets, tmp_path):
+    seen, model, loader = Loss(), EncoderNet(), data(1)
+    callback = lora(EncoderNet, gradient, target_modules=targets)
+    trainer(tmp_path, callback, seen).fit(model, data(), loader)
+    start, end = (
+        trainer(tmp_path).validate(module, loader, verbose=False)[0]["val_loss"] for module in (EncoderNet(), model)
+    )
+    assert seen.values[-1] == pytest.approx(end, rel=1e-5)
+    assert abs(end - start) > 1e-3
+    by_parameter = {name for name, is_by_parameter in seen.hosts.items() if is_by_parameter}
+    attention = {name for name in seen.hosts if "self_attn" in name}
+    assert by_parameter == (set(seen.hosts) if gradient == "projected" else attention)
+    assert bool(attention) == (targets != ["linear1"])
+
+
+@pytest.mark.filterwarnings(NESTED)
+@pytest.mark.filterwarnings(r"ignore:Found 22 module\(s\) in eval mode at the start of training")
+@pytest.mark.parametrize("targets", [["self_attn"], ["linear1"]])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_an_encoder_that_trains_in_eval_mode_does_not_take_the_fast_path_round_its_adapters(
+    gradient, targets, tmp_path
+):
+    """Lightning leaves a module that is in eval mode before ``fit`` in eval mode."""
+
+    def run(evaluates):
+        seen, model = Losses(), EncoderNet()
+        model.layers.train(not evaluates)
+        trainer(tmp_path, lora(EncoderNet, gradient, target_modules=targets), seen).fit(model, data())
+        assert model.layers.training is not evaluates
+        return seen.values
+
+    assert run(True) == pytest.approx(run(False), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ other loops, many processes
+
+
+def by_hand(gradient, loop):
+    """Two epochs of :class:`Zoo` by plain torch or by Fabric, and the losses."""
+    model = Zoo()
+    inject(model, rank=2, alpha=3, gradient=gradient, **ZOO)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
+    net, backward, seen = model, torch.Tensor.backward, []
+    if loop == "torch":
+        attach(model, optimizer)
+    else:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        net, optimizer = fabric.setup(model, optimizer)
+        attach(net if loop == "fabric's module" else model, optimizer)
+        backward = fabric.backward
+    for batch in [*batches(), *batches()]:
+        loss = nn.functional.mse_loss(net(batch[0]), batch[1])
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    merge(model)
+    return seen, digest(model.state_dict())
+
+
+@pytest.mark.parametrize("loop", ["torch", "fabric", "fabric's module"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_loop_by_torch_or_fabric_gives_the_trainers_bits(gradient, loop, tmp_path):
+    seen, model = Losses(), Zoo()
+    trainer(tmp_path, lora(Zoo, gradient), seen, max_epochs=2).fit(model, data())
+    assert by_hand(gradient, loop) == (seen.values, digest(model.state_dict()))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of two processes has seen in every run, what both have printed, and where the weights are."""
+    folder = tmp_path_factory.mktemp("ddp")
+    printed = printed_by_a_new_process("-W", "ignore", str(HERE / "distributed.py"), str(folder))
+    seen = {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in RUNS}
+    return seen, printed, folder
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_two_processes_equal_one_on_the_same_batches(gradient, processes, tmp_path):
+    seen, _, folder = processes
+    watch, model = train(tmp_path, gradient, devices=1)
+    both = [sum(pair) / 2 for pair in zip(*(process["losses"] for process in seen[gradient]), strict=True)]
+    assert len(both) == 6
+    assert seen[gradient][0]["losses"] != seen[gradient][1]["losses"]
+    assert both == pytest.approx(watch.losses, rel=1e-6)
+    weights = read(folder / f"{gradient}.pt")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-6)
+    assert (model.linear.weight - type(model)().linear.weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_all_processes_end_with_the_same_bits(name, processes):
+    first, second = processes[0][name]
+    assert first["adapted"] == second["adapted"]
+    assert first["weights"] == second["weights"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_only_what_is_trained_crosses_the_wire(name, processes):
+    for process in processes[0][name]:
+        trained = process["trained"]
+        factors = {key for key in trained if ".lora." in key}
+        assert set(trained) - factors == {"head.weight", "head.bias"}
+        assert len(factors) == 8
+        n_steps = 3 if "accumulated" in name else 6
+        assert sum(size for size, _ in process["reduced"]) == n_steps * sum(trained.values())
+        assert sorted(key for _, keys in process["reduced"] for key in keys) == sorted(n_steps * list(trained))
+
+
+def test_only_the_first_of_the_processes_prints_the_table(processes):
+    _, printed, _ = processes
+    printed = "".join(printed)  # the lines of two processes may be mixed
+    assert printed.count("start of") == 2 * len(RUNS)
+    assert printed.count("Adapted modules") == len(RUNS)
+
+
+# ---------------------------------------------------------------------------------------------- the callback's own work
+
+
+class Deep(Net):
+    """Two hundred layers."""
+
+    def _make(self, where: str) -> None:
+        if where == "__init__":
+            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(199)), nn.Linear(8, 4))
+            for layer in self.layers[:-1]:
+                nn.init.eye_(layer.weight)
+
+
+class Calls(Callback):
+    """Every function of the library that runs while a batch is trained on, by file and name."""
+
+    def __init__(self) -> None:
+        self.counts: list[dict[tuple[str, str], int]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        counts: dict[tuple[str, str], int] = {}
+        home = str(Path(lightning_lora.__file__).parent)
+
+        def count(frame, event, _):
+            file = frame.f_code.co_filename
+            if event == "call" and file.startswith(home):
+                key = file[len(home) + 1 :], frame.f_code.co_name
+                counts[key] = counts.get(key, 0) + 1
+
+        self.counts.append(counts)
+        sys.setprofile(count)
+
+
+class Stops(Callback):
+    def on_train_batch_end(self, *_) -> None:
+        sys.setprofile(None)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatched(LoRA):
+    """Notes the operations on tensors that the callback's hooks do during the run."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.operations: list[str] = []
+        self.hooks: set[str] = set()
+
+
+def _noted(name):
+    def hook(self, *args):
+        self.hooks.add(name)
+        with Operations(self.operations):
+            return getattr(LoRA, name)(self, *args)
+
+    return hook
+
+
+HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
+for name in HOOKS:
+    setattr(Dispatched, name, _noted(name))
+
+
+def test_with_two_hundred_factored_layers_nothing_of_the_callback_runs_but_its_hooks(tmp_path):
+    calls, callback = Calls(), Dispatched(rank=2)
+    trainer(tmp_path, calls, callback, Stops()).fit(Deep(), data())
+    assert callback.hooks == set(HOOKS)
+    assert callback.operations == []
+    _, *later = calls.counts
+    assert len(later) == 7
+    for counts in later:
+        layers = {key: n for key, n in counts.items() if key[0].startswith(("gradients/", "hosts/"))}
+        assert layers[("hosts/linear.py", "forward")] == 200
+        rest = {key: n for key, n in counts.items() if key not in layers}
+        assert set(rest) <= {("callback.py", name) for name in HOOKS}
+        assert sum(rest.values()) <= 2 * len(HOOKS)
+
+
+# ------------------------------------------------------------------------------------------------ tested after ``fit``
+
+
+def test_after_fit_files_of_adapters_are_tested_on_the_fitted_module_one_after_another(tmp_path):
+    """Each takes the place of what was folded into the weights before."""
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss", save_top_k=3)
+    options = {"rank": 2, "checkpoint": "adapter"}
+    model, loader = Net(), data(1)
+    run = trainer(tmp_path, LoRA(**options), best, max_epochs=3)
+    run.fit(model, data(), loader)
+    assert len(best.best_k_models) == 3
+
+    def tested(file):
+        return run.test(model, loader, ckpt_path=file, verbose=False)[0]["test_loss"]
+
+    losses = {file: loss.item() for file, loss in best.best_k_models.items()}
+    assert len(set(losses.values())) == 3
+    assert tested("best") == pytest.approx(min(losses.values()), rel=1e-5)
+    for file in [*losses, *reversed(losses)]:
+        assert tested(file) == pytest.approx(losses[file], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_what_one_module_was_trained_to_is_not_saved_with_another(form, tmp_path):
+    first, second = Net(), Net(seed=1)
+    run = trainer(tmp_path, LoRA(rank=2, checkpoint=form))
+    run.fit(first, data())
+    run.validate(second, data(), verbose=False)
+    run.save_checkpoint(tmp_path / "second.ckpt")
+    file = read(tmp_path / "second.ckpt")
+    assert "lightning_lora" not in file
+    assert digest(file["state_dict"]) == digest(second.state_dict())
+    run.validate(first, data(), verbose=False)
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    assert "lightning_lora" in read(tmp_path / "first.ckpt")
