@@ -42,8 +42,8 @@ class _LinearTap(torch.autograd.Function):
         x, A, B = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-        dA = (ctx.s * (rows @ B.to(dy.dtype).T)).T @ x if ctx.needs_input_grad[2] else None
-        dB = ctx.s * ((x @ A.to(dy.dtype).T).T @ rows) if ctx.needs_input_grad[3] else None
+        dA = (ctx.s * (B.to(dy.dtype) @ rows.T)) @ x if ctx.needs_input_grad[2] else None
+        dB = (ctx.s * (A.to(dy.dtype) @ x.T)) @ rows if ctx.needs_input_grad[3] else None
         return dy, None, dA, dB, None
 
 
