@@ -142,8 +142,8 @@ class Adapter(nn.Module):
             step = self.scale * (_at_least_float32(left).mT @ _at_least_float32(right))
             generator = draws.generator(self.key, *(draws.digest(factor) for factor in (self.A, self.B)))
             weight.copy_(round_stochastically(weight.float() + step.view(self.shape), weight.dtype, generator))
-        elif weight.dim() == left.dim() == 2:
-            weight.addmm_(left.to(weight.dtype).mT, right.to(weight.dtype), alpha=self.scale)
+        elif left.dim() == 2 and weight.is_contiguous():
+            weight.view(weight.shape[0], -1).addmm_(left.to(weight.dtype).mT, right.to(weight.dtype), alpha=self.scale)
         else:
             weight.add_((left.mT @ right).view(self.shape), alpha=self.scale)
 
