@@ -11,7 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
+    BatchSizeFinder,
     Callback,
+    LearningRateFinder,
     ModelPruning,
     ModelSummary,
     StochasticWeightAveraging,
@@ -168,11 +170,8 @@ class LoRA(Callback):
             )
         self._trains = True
         held = [place.name for place in places(pl_module) if place.host.holds_increment]
-        if held and self.checkpoint == "adapter":
-            raise MisconfigurationException(
-                f"`checkpoint='adapter'` needs frozen weights, and that of {held[0]!r} holds its increment and is not"
-                f" W0 any more. Use `checkpoint='merged'`, or `gradient='factored'` and only layers that it supports."
-            )
+        if held:
+            _refuse_unsupported_where_held(trainer, held[0], self.checkpoint)
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
@@ -310,6 +309,21 @@ def _refuse_unsupported(trainer: pl.Trainer) -> None:
                 raise MisconfigurationException(
                     f"LoRA cannot be combined with {type(callback).__name__}: {reason}. Remove one of them."
                 )
+
+
+def _refuse_unsupported_where_held(trainer: pl.Trainer, name: str, checkpoint: str) -> None:
+    """``name`` is that of a weight that holds its increment, and is not W0 any more."""
+    instead = "Use `gradient='factored'`, and exclude layers that it does not support."
+    if checkpoint == "adapter":
+        raise MisconfigurationException(
+            f"`checkpoint='adapter'` needs frozen weights, and that of {name!r} holds its increment. {instead} Or use"
+            " `checkpoint='merged'`."
+        )
+    for callback in _callbacks(trainer):
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} trains before the weight of {name!r} follows its adapter. {instead}"
+            )
 
 
 def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
