@@ -147,8 +147,10 @@ class Adapter(nn.Module):
                 step = self.scale * (left.mT @ right).view(self.shape)
                 generator = draws.generator(self.key, *(draws.digest(factor) for factor in (self.A, self.B)))
                 weight.copy_(round_stochastically(weight.float() + step, weight.dtype, generator))
-            elif weight.dim() == left.dim() == 2:
-                weight.addmm_(left.to(weight.dtype).mT, right.to(weight.dtype), alpha=self.scale)
+            elif left.dim() == 2 and weight.is_contiguous():
+                weight.view(weight.shape[0], -1).addmm_(
+                    left.to(weight.dtype).mT, right.to(weight.dtype), alpha=self.scale
+                )
             else:
                 weight.add_((left.mT @ right).view(self.shape), alpha=self.scale)
 

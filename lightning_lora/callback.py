@@ -171,7 +171,7 @@ class LoRA(Callback):
         if held and self.checkpoint == "adapter":
             raise MisconfigurationException(
                 f"`checkpoint='adapter'` needs frozen weights, and that of {held[0]!r} holds its increment and is not"
-                f" W0 any more. Use `checkpoint='merged'`, or `gradient='factored'` and only layers that it supports."
+                " W0 any more. Use `checkpoint='merged'`, or `gradient='factored'` and only layers that it supports."
             )
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -339,9 +339,10 @@ def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             )
         if not all(p in optimized for p in adapter.parameters()):
             raise MisconfigurationException(
-                f"No optimizer has the adapter of {name!r}. Give `configure_optimizers` `self.parameters()`, or those"
-                " of them that require gradients; it is called after the adapters are put in, so do not use a list"
-                " made in `__init__`."
+                f"No optimizer has the adapter of {name!r}. Make the optimizer in `configure_optimizers`, of"
+                " `self.parameters()` or those of them that require gradients: it is called after the adapters are put"
+                " in. A list made in `__init__` is older than they are, and so is what LightningCLI's `--optimizer`"
+                " makes; there, let the module take an `OptimizerCallable`."
             )
 
 

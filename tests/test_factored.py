@@ -341,7 +341,7 @@ def test_saved_for_backward_are_the_input_the_weights_z_and_a_boolean_mask(form,
     given = {t.data_ptr() for t in (x, weight, adapter.A, adapter.B)}
     fresh = [(tuple(t.shape), t.dtype) for t in saved if t.data_ptr() not in given]
     mask = [((b, n), torch.bool)] if dropout else []
-    assert sorted(fresh, key=str) == sorted([((b, r), torch.float32), *mask], key=str)
+    assert sorted(fresh, key=str) == sorted([((r, b), torch.float32), *mask], key=str)
 
 
 class Allocations(TorchDispatchMode):

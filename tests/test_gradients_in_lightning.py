@@ -29,7 +29,7 @@ from models import (
 )
 from resume import IN_EVERY_GRADIENT, SaveByHand
 from test_bad_input import BAD, refused
-from test_checkpoint import in_a_new_process, printed_by_a_new_process, read
+from test_checkpoint import printed_by_a_new_process, read
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO, EncoderNet, TiedNet, Zoo
@@ -108,13 +108,38 @@ def folder(tmp_path_factory):
     return folder
 
 
+OUTSIDER = """
+import json, sys
+sys.modules["lightning_lora"] = None
+import torch
+import models, zoo
+outputs = {}
+for name, model in json.loads(sys.argv[2]).items():
+    state = torch.load(f"{sys.argv[1]}/{name}/saved.ckpt", weights_only=True)["state_dict"]
+    module = getattr(zoo, model, None) or getattr(models, model)
+    module = module()
+    module.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in module.state_dict().items())
+    outputs[name] = module.eval()(models.batches()[0][0]).tolist()
+print(json.dumps(outputs))
+
+del sys.modules["lightning_lora"]
+import pathlib, resume
+resume.main(pathlib.Path(sys.argv[1]))
+"""
+
+
 @pytest.fixture(scope="module")
-def resumed(folder):
-    return json.loads(in_a_new_process(str(HERE / "resume.py"), str(folder)))
+def new_process(folder):
+    """In a process that does not know the library: what the models compute. Then, knowing it: what the runs end with."""
+    names = {name: type(run.model()).__name__ for name, run in IN_EVERY_GRADIENT.items()}
+    *_, outputs, results = printed_by_a_new_process("-c", OUTSIDER, str(folder), json.dumps(names))
+    return json.loads(outputs), json.loads(results)
 
 
 @pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_new_process_resumes_to_the_same_bits_as_the_uninterrupted_run(name, resumed, tmp_path):
+def test_a_new_process_resumes_to_the_same_bits_as_the_uninterrupted_run(name, new_process, tmp_path):
+    _, resumed = new_process
     expected = IN_EVERY_GRADIENT[name].uninterrupted(tmp_path)
     assert resumed[name] == [expected.module, expected.optimizers, expected.steps, []]
     assert any("lora" in key for key in expected.names)
@@ -146,36 +171,12 @@ def test_a_file_has_the_base_models_keys_in_its_order_with_its_shapes_and_dtypes
         }
 
 
-OUTSIDER = """
-import json, sys
-sys.modules["lightning_lora"] = None
-import torch
-from models import *
-from zoo import *
-results = []
-for model, file in zip(sys.argv[1::2], sys.argv[2::2]):
-    state = torch.load(file, weights_only=True)["state_dict"]
-    module = globals()[model]()
-    module.load_state_dict(state, strict=True)
-    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in module.state_dict().items())
-    results.append(module.eval()(batches()[0][0]).tolist())
-print(json.dumps(results))
-"""
-
-
 IGNORED = "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided"
-
-
-@pytest.fixture(scope="module")
-def outsider(folder):
-    names = {name: type(run.model()).__name__ for name, run in IN_EVERY_GRADIENT.items()}
-    arguments = [part for name, model in names.items() for part in (model, str(folder / name / "saved.ckpt"))]
-    return dict(zip(names, json.loads(in_a_new_process("-c", OUTSIDER, *arguments)), strict=True))
 
 
 @pytest.mark.filterwarnings(IGNORED)
 @pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_process_without_the_library_computes_what_the_injected_module_does(name, folder, outsider, tmp_path):
+def test_a_process_without_the_library_computes_what_the_injected_module_does(name, folder, new_process, tmp_path):
     run = IN_EVERY_GRADIENT[name]
     model = type(run.model())()
     inject(model, **{"rank": 2, "alpha": 3, **run.lora})
@@ -184,7 +185,7 @@ def test_a_process_without_the_library_computes_what_the_injected_module_does(na
     actual = model.eval()(batches()[0][0]).detach()
     # the weight is the file's, bit for bit, unless it is W0, which stands in the file plus its increment, rounded
     tolerance = 0 if "factored" not in name else 0.05 if "bf16-true" in name else 1e-5
-    torch.testing.assert_close(actual, torch.tensor(outsider[name]), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, torch.tensor(new_process[0][name]), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])

@@ -1,13 +1,13 @@
-"""Y = X W0 + s Z B with Z = X A^T, and its gradients from thin products only (seed, eqs. lora-2 and grad-2).
+"""Y = X W0 + Z B with Z = X A, and its gradients from thin products only (seed, eqs. lora-2 and grad-2).
 
-With b rows of X, torch's layout W0 (m, n), and rank-major A (r, n), B (r, m):
+With b rows of X, torch's layout W0 (m, n), and rank-major A (r, n), B (r, m), Z (r, b):
 
-    Z  = X A^T                 (b, r)
-    Y  = X W0^T + s Z B        (b, m)
-    dZ = s dY B^T              (b, r)
-    dX = dY W0 + dZ A          (b, n)
-    dA = dZ^T X                (r, n)
-    dB = s Z^T dY              (r, m)
+    Z  = s A X^T               (r, b)
+    Y  = X W0^T + Z^T B        (b, m)
+    dZ = s B dY^T              (r, b)
+    dX = dY W0 + dZ^T A        (b, n)
+    dA = dZ X                  (r, n)
+    dB = Z dY                  (r, m)
 
 No dL/dW, which is (m, n), is ever formed. Both sums are epilogues in place, so nothing of size (b, m) or (b, n) is
 allocated besides Y and dX. With dropout, X is masked where it meets A and nowhere else; 1/(1 - p) joins s.
@@ -77,8 +77,8 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, s: float
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        z = _z(x, A, mask)
-        y.view(-1, y.shape[-1]).addmm_(z, B, alpha=s)
+        z = _z(s, x, A, mask)
+        y.view(-1, y.shape[-1]).addmm_(z.T, B)
         ctx.save_for_backward(x, weight, A, B, mask, z)
         ctx.s = s
         return y
@@ -89,11 +89,11 @@ class _Linear(torch.autograd.Function):
         x, weight, A, B, mask, z = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         dy = _rows(dy)
-        dz = ctx.s * (dy @ B.T)
+        dz = (B @ dy.T).mul_(ctx.s)
         dx = None
         if need_x:
             dx = dy @ weight.to(dy.dtype)
-            dx = dx.addmm_(dz, A) if mask is None else dx.addcmul_(dz @ A, _rows(mask).to(dx.dtype))
+            dx = dx.addmm_(dz.T, A) if mask is None else dx.addcmul_(dz.T @ A, _rows(mask).to(dx.dtype))
             dx = dx.view(x.shape)
         dweight = dy.T @ _rows(x) if need_weight else None  # None while W0 is frozen, as it should be
         dbias = dy.sum(0) if need_bias else None
@@ -103,11 +103,11 @@ class _Linear(torch.autograd.Function):
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, s: float) -> Tensor:
-        z = _z(x, A, mask)
+        z = _z(s, x, A, mask)
         ctx.save_for_backward(x, A, B, mask, z)
         ctx.s = s
         y = y.clone(memory_format=torch.contiguous_format)
-        _rows(y).addmm_(z.to(y.dtype), B.to(y.dtype), alpha=s)  # in place, where autocast leaves the dtype alone
+        _rows(y).addmm_(z.T.to(y.dtype), B.to(y.dtype))  # in place, where autocast leaves the dtype alone
         return y
 
     @staticmethod
@@ -116,17 +116,17 @@ class _Add(torch.autograd.Function):
         x, A, B, mask, z = ctx.saved_tensors
         _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
         rows = _rows(dy).to(x.dtype)
-        dz = ctx.s * (rows @ B.T)
+        dz = (B @ rows.T).mul_(ctx.s)
         dx = None
         if need_x:
-            dx = (dz @ A).view(x.shape)
+            dx = (dz.T @ A).view(x.shape)
             dx = dx if mask is None else dx * mask
         return dy, dx, *_factors(ctx.s, x, A, mask, z, rows, dz, need_A, need_B), None, None
 
 
-def _z(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    """Z = X A^T, (b, r), of the masked X where there is dropout."""
-    return _rows(x if mask is None else x * mask) @ A.T
+def _z(s: float, x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """Z = s A X^T, (r, b), of the masked X where there is dropout."""
+    return (A @ _rows(x if mask is None else x * mask).T).mul_(s)
 
 
 def _factors(
@@ -140,9 +140,9 @@ def _factors(
     need_A: bool,
     need_B: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA = dZ^T X and dB = s Z^T dY."""
+    """dA = dZ X and dB = Z dY."""
     if torch.is_grad_enabled():  # a gradient of these gradients must see that Z depends on X and A
-        z = _z(x, A, mask)
-    dA = dz.T @ _rows(x if mask is None else x * mask) if need_A else None
-    dB = s * (z.T @ dy) if need_B else None
+        z = _z(s, x, A, mask)
+    dA = dz @ _rows(x if mask is None else x * mask) if need_A else None
+    dB = z @ dy if need_B else None
     return dA, dB

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from lightning_lora.gradients import merged
 from lightning_lora.hosts.host import LayerHost
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class _ConvHost(LayerHost):
@@ -18,16 +21,17 @@ class _ConvHost(LayerHost):
 
     groups: int
 
-    def increment(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """What ``A`` (r, c/g * k) and ``B`` (r, m) add to the output: (b, m, ...) for ``x`` (b, c, ...)."""
-        down = A.view(-1, *self.lora.shape[1:])
-        down = down.repeat(self.groups, *(1 for _ in self.lora.shape[1:])) if self.groups > 1 else down
-        z = self._conv_forward(x, down, None)  # type: ignore[operator]
-        up = (self.lora.scale * B).T.reshape(B.shape[1], B.shape[0], *(1 for _ in self.lora.shape[2:]))
-        return _CONVOLUTIONS[up.dim() - 2](z, up, groups=self.groups)
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Z, (b, g * r, ...), for ``x`` (b, c, ...) and ``A`` (r, c/g * k)."""
+        filters = A.view(-1, *self.lora.shape[1:])
+        if self.groups > 1:
+            filters = filters.repeat(self.groups, *(1 for _ in self.lora.shape[1:]))
+        return self._conv_forward(x, filters, None)  # type: ignore[operator]
 
-
-_CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+    def up(self, z: Tensor, B: Tensor) -> Tensor:
+        """What is added to the output, (b, m, ...), for ``B`` (r, m)."""
+        filters = (self.lora.scale * B).T.reshape(B.shape[1], B.shape[0], *(1 for _ in self.lora.shape[2:]))
+        return _CONVOLUTIONS[filters.dim() - 2](z, filters, groups=self.groups)
 
 
 class FactoredConvHost(_ConvHost):
@@ -36,8 +40,13 @@ class FactoredConvHost(_ConvHost):
     holds_increment = False
 
     def forward(self, input: Tensor) -> Tensor:
-        x = nn.functional.dropout(input, self.lora.dropout, self.training)
-        return super().forward(input) + self.increment(x, self.lora.A.to(x.dtype), self.lora.B.to(x.dtype))
+        x = F.dropout(input, self.lora.dropout, self.training)
+        A, B = self.lora.A.to(x.dtype), self.lora.B.to(x.dtype)
+        y, z = super().forward(input), self.down(x, A)
+        if self.groups == 1 and y.dim() == len(self.lora.shape) and y.is_contiguous() and y.dtype == B.dtype:
+            ups = B.T.expand(y.shape[0], -1, -1)  # a matrix product for each image, summed to y as it is formed
+            return torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale).view(y.shape)
+        return y + self.up(z, B)
 
 
 class MergedConvHost(_ConvHost):
@@ -47,4 +56,12 @@ class MergedConvHost(_ConvHost):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return merged.tap(y, input, self.lora, self.increment) if torch.is_grad_enabled() else y
+        return merged.tap(y, input, self) if torch.is_grad_enabled() else y
+
+    def up_backward(self, z: Tensor, dy: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        r, g = B.shape[0], self.groups
+        ups = B.view(r, g, -1).transpose(0, 1)  # (g, r, m/g)
+        rows = dy.reshape(-1, g, ups.shape[-1], z[0, 0].numel())
+        dz = (ups @ rows).view(z.shape)
+        dB = (z.reshape(-1, g, r, rows.shape[-1]) @ rows.mT).sum(0).transpose(0, 1).reshape(B.shape)
+        return dz, dB

@@ -13,9 +13,9 @@ from lightning_lora.hosts.host import LayerHost
 class _EmbeddingHost(LayerHost):
     padding_idx: int | None
 
-    def increment(self, indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """What ``A`` (r, n) and ``B`` (r, m) add to the output: (..., m) for ``indices`` (...)."""
-        return self.lora.scale * (F.embedding(indices, A.T, self.padding_idx) @ B)
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Z, (..., r), for the indices ``x`` (...) and ``A`` (r, n)."""
+        return F.embedding(x, A.T, self.padding_idx)
 
 
 class FactoredEmbeddingHost(_EmbeddingHost):
@@ -25,7 +25,8 @@ class FactoredEmbeddingHost(_EmbeddingHost):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return y + self.increment(input, self.lora.A.to(y.dtype), self.lora.B.to(y.dtype)).to(y.dtype)
+        z = self.down(input, self.lora.A.to(y.dtype))
+        return y + self.lora.scale * (z @ self.lora.B.to(y.dtype)).to(y.dtype)
 
 
 class MergedEmbeddingHost(_EmbeddingHost):
@@ -35,4 +36,7 @@ class MergedEmbeddingHost(_EmbeddingHost):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return merged.tap(y, input, self.lora, self.increment) if torch.is_grad_enabled() else y
+        return merged.tap(y, input, self) if torch.is_grad_enabled() else y
+
+    def up_backward(self, z: Tensor, dy: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return dy @ B.T, z.flatten(0, -2).T @ dy.flatten(0, -2)
