@@ -108,7 +108,7 @@ DOUBLE = {"adapter_dtype": "float64"}
 
 IN_EVERY_GRADIENT = {
     **{
-        f"{gradient}-{name}": Run(route, {"gradient": gradient, **lora}, options, model)
+        f"{gradient}-gradient-{name}": Run(route, {"gradient": gradient, **lora}, options, model)
         for gradient in ("merged", "projected")
         for name, (route, lora, options, model) in {
             "accumulated": ("steps", {}, ACCUMULATED, Net),
