@@ -193,8 +193,11 @@ class LoRA(Callback):
     def starts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has weights that hold their increment follow the optimizers, if they do not yet.
 
-        A tuner trains before ``on_fit_start`` and calls no callbacks; the module's own hook is called in any case.
+        A tuner trains before ``on_fit_start`` and calls no callbacks; the module's own hook is called in any case. What
+        the tuner calls in their place gets this one too, to hear of an exception.
         """
+        if self not in _callbacks(trainer):
+            _callbacks(trainer).append(self)
         if not self._handles and any(place.host.holds_increment for place in places(pl_module)):
             self._handles = [
                 attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)

@@ -170,10 +170,11 @@ def _put_base_back(
         )
     if any(key in payload["base"] for key in others):
         reason = f"The checkpoint was trained on other weights than this module has in {_listed(others)}"
-        remedy = "build the module on the same pretrained weights"
+        remedy, with_error = "build the module on the same pretrained weights", "with an error"
     else:
         reason = f"The checkpoint's run held the increments in the weights, and this one needs W0 in {_listed(others)}"
-        remedy = "use the `gradient` of the run that was saved"
+        # what each step was rounded by stays in W0
+        remedy, with_error = "use the `gradient` of the run that was saved", "and gives them back with an error"
     if exact:
         raise MisconfigurationException(
             f"{reason}, and `exact_resume=True` was asked for. To resume exactly, {remedy}, or allow W0 to be recovered"
@@ -185,8 +186,8 @@ def _put_base_back(
             state[key], error = Adapter.from_state(entries[key]).folded_out_of(state[key])
             bound = max(bound, 1.05 * error)  # what is printed, two digits, is still a bound
     rank_zero_warn(
-        f"{reason}. W0 was recovered from the merged weights, with an error of at most {bound:.1e} in any entry, so the"
-        f" run that resumes is close to the one that was saved but not bitwise equal. To resume exactly, {remedy};"
+        f"{reason}. W0 was recovered from the merged weights, {with_error} of at most {bound:.1e} in any entry, so"
+        f" the run that resumes is close to the one that was saved but not bitwise equal. To resume exactly, {remedy};"
         " `exact_resume=True` makes this an error."
     )
 

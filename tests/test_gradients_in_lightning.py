@@ -458,6 +458,24 @@ def test_the_learning_rate_finder_sees_losses_of_steps_that_move_the_weights(gra
     assert found(gradient) == pytest.approx(expected, rel=1e-5)
 
 
+class FailsLate(Net):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3:
+            raise RuntimeError("batch 3 is bad")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_an_exception_while_the_finder_trains_leaves_the_module_as_it_was(gradient, tmp_path):
+    model = FailsLate()
+    before, bits = structure(model), digest(model.state_dict())
+    with pytest.raises(RuntimeError, match="batch 3 is bad"):
+        trainer(tmp_path, LearningRateFinder(num_training_steps=8), lora(Net, gradient)).fit(model, data())
+    assert structure(model) == before
+    assert digest(model.state_dict()) == bits
+    trainer(tmp_path, lora(Net, gradient), max_steps=2).fit(model, data())
+
+
 # ------------------------------------------------------------------------------------------- what cannot be, by name
 
 
