@@ -138,10 +138,13 @@ class LoRA(Callback):
         calls when it saves weights only.
         """
         if isinstance(pl_module, _Run):
-            raise MisconfigurationException(
-                "The Trainer has two LoRA callbacks. Use one: `target_modules` may name modules anywhere, with"
-                " `rank_pattern` and `alpha_pattern` for those that differ."
-            )
+            earlier = pl_module.lora_callback
+            if earlier is not self and earlier in _callbacks(trainer):
+                raise MisconfigurationException(
+                    "The Trainer has two LoRA callbacks. Use one: `target_modules` may name modules anywhere, with"
+                    " `rank_pattern` and `alpha_pattern` for those that differ."
+                )
+            earlier._make_plain(pl_module)  # a tuner failed before any callback could hear of it
         if stage == "fit":
             _refuse_unsupported(trainer)
             self._held = None
