@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelSummary
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from models import (
     Net,
@@ -376,3 +376,17 @@ class Checkpointed(Net):
 def test_adapters_inside_a_reentrant_checkpoint_are_named_with_what_to_do(tmp_path):
     with pytest.warns(UserWarning, match=r"adapters of layers\.0 in .*`use_reentrant=False`"):
         trainer(tmp_path, LoRA(rank=2)).fit(Checkpointed(), data())
+
+
+class NoData(Net):
+    def train_dataloader(self):
+        raise RuntimeError("there is no data")
+
+
+def test_a_run_that_failed_where_no_callback_heard_of_it_does_not_stop_the_next(tmp_path):
+    model = NoData()
+    with pytest.raises(RuntimeError, match="there is no data"):
+        trainer(tmp_path, LearningRateFinder(num_training_steps=4), LoRA(rank=2)).fit(model)
+    trainer(tmp_path, LoRA(rank=2), max_epochs=1).fit(model, data())
+    assert type(model) is NoData
+    assert not adapters(model)
