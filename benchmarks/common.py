@@ -198,6 +198,17 @@ def make_step(job: Any, model: nn.Module) -> Step:
     return step
 
 
+def make_validation_step(job: Any, model: nn.Module) -> Step:
+    """One validation step: the loss, without gradients."""
+    model.eval()
+
+    def step() -> None:
+        with torch.no_grad():
+            job.loss(model)
+
+    return step
+
+
 def measure(steps: dict[str, Step], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
     """Seconds of each step in each round, in an order drawn anew for each round."""
     order = list(steps)

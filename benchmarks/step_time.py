@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 import torch
-from common import JOBS, METHODS, environment, make_model, make_step, measure, summarize
+from common import JOBS, METHODS, environment, make_model, make_step, make_validation_step, measure, summarize
 
 
 def main() -> None:
@@ -24,17 +24,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--validation", action="store_true", help="validation steps, without gradients")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     random.seed(0)
     torch.manual_seed(0)
     job = JOBS[arguments.job]()
-    steps = {method: make_step(job, make_model(job, method, arguments.rank)) for method in arguments.methods}
+    make = make_validation_step if arguments.validation else make_step
+    steps = {method: make(job, make_model(job, method, arguments.rank)) for method in arguments.methods}
     result = {
         "job": arguments.job,
         "rank": arguments.rank,
         "rounds": arguments.rounds,
+        "validation": arguments.validation,
         **environment(),
         **summarize(measure(steps, arguments.rounds)),
     }
