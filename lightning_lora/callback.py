@@ -119,6 +119,8 @@ class LoRA(Callback):
             seed=seed,
         )
         check_choice("checkpoint", checkpoint, CHECKPOINTS)
+        if not isinstance(exact_resume, bool):
+            raise ValueError(f"`exact_resume` must be True or False, got {exact_resume!r}.")
         self.checkpoint = checkpoint
         self.exact_resume = exact_resume
         self._fingerprints = ckpt.Fingerprints()

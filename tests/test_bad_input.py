@@ -464,3 +464,8 @@ def test_resuming_a_file_of_weights_only_fails_as_lightning_does_and_leaves_a_pl
     assert structure(model) == before
     assert re.fullmatch("layers.0.weight", next(iter(model.state_dict())))
     assert not torch.equal(model.layers[0].weight, layers()[0].weight)
+
+
+def test_exact_resume_is_true_or_false():
+    with pytest.raises(ValueError, match=r"`exact_resume` must be True or False, got 'no'"):
+        LoRA(exact_resume="no")
