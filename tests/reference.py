@@ -4,6 +4,7 @@ From "LoRA from a Gradient Perspective". Written to be read beside the article, 
 written to be fast, is held to it.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -39,3 +40,30 @@ def sgd_step(W: Tensor, G: Tensor, A: Tensor, B: Tensor, lr: float) -> tuple[Ten
     A_next = A - lr * G @ B.T
     B_next = B - lr * A.T @ G
     return W + (A_next @ B_next - A @ B), A_next, B_next
+
+
+def block_row(r: int, blocks: int, like: Tensor) -> Tensor:
+    """I_{r(1 x blocks)}: unit matrices of r x r side by side."""
+    return torch.cat([torch.eye(r, dtype=like.dtype)] * blocks, dim=1)
+
+
+def block_column(r: int, blocks: int, like: Tensor) -> Tensor:
+    """I_{r(blocks x 1)}: the same one under the other."""
+    return torch.cat([torch.eye(r, dtype=like.dtype)] * blocks, dim=0)
+
+
+def additive(A: Tensor, B: Tensor) -> Tensor:
+    """A I_{r(1 x m/r)} + I_{r(n/r x 1)} B, the increment of the section "A Variant"."""
+    (n, r), (_, m) = A.shape, B.shape
+    return A @ block_row(r, m // r, A) + block_column(r, n // r, B) @ B
+
+
+def symmetric(W0: Tensor, A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """W = W0 - A0 B0 + A B, of the section "Optimization Perspective"."""
+    return W0 - A0 @ B0 + A @ B
+
+
+def dora(W0: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
+    """magnitude * V / ||V|| by columns with V = W0 + A B, the norm a constant (Liu et al., 2024, section 4.3)."""
+    V = W0 + A @ B
+    return magnitude * V / V.norm(dim=0, keepdim=True).detach()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -149,6 +150,26 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(kind, bias
     x = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (x, *values.values()))
     assert torch.autograd.gradgradcheck(function, (x, *values.values()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=50, deadline=None)
+@given(problem=problems())
+def test_torch_func_gives_the_same_output_and_gradients(form, dropout, problem):
+    x, weight, bias, adapter, dy = problem
+
+    def function(x, factors):
+        torch.manual_seed(1)  # one mask for both
+        like = SimpleNamespace(increment=lambda: (factors["A"], factors["B"]), scale=adapter.scale, dropout=dropout)
+        return apply(form, x, weight, bias, like, training=True)
+
+    factors = {name: p.detach() for name, p in adapter.named_parameters()}
+    y, pull_back = torch.func.vjp(function, x.detach(), factors)
+    dx, gradients = pull_back(dy)
+    x.requires_grad_()
+    expected = outcome(function(x, dict(adapter.named_parameters())), x, adapter, dy)
+    assert_all_close((y, dx, gradients["A"], gradients["B"]), expected, 1e-12)
 
 
 def test_a_step_of_sgd_moves_the_weight_as_the_seed_says():

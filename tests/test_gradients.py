@@ -1,6 +1,7 @@
 """Factored, merged and projected: one gradient, on every layer, held to autograd through W0 + delta."""
 
 import copy
+import itertools
 import math
 import weakref
 
@@ -111,6 +112,11 @@ CASES = {
         lambda: Attention(kdim=6, vdim=4),
         (x(3, 5, 8), x(3, 7, 6), x(3, 7, 4)),
         {"target_modules": ["attention"]},
+    ),
+    "transformer encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 2),
+        (x(3, 5, 8),),
+        {"target_modules": ["self_attn", "linear1", "linear2"]},
     ),
     "stack of experts": (
         Experts,
@@ -318,7 +324,7 @@ class Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.names.append(str(func))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) in self.shapes:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_nested and tuple(tensor.shape) in self.shapes:
                 self.alive.add(tensor)
         self.peak = max(self.peak, len({tensor.data_ptr() for tensor in self.alive} - self.parameters))
         return result
@@ -338,6 +344,37 @@ def test_without_gradients_the_operations_are_those_of_the_base_model(case, grad
     assert ours.names == theirs.names
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize(
+    "targets", [["self_attn", "linear1"], ["linear1"], ["layers.1.linear1"], ["layers.1.self_attn"]]
+)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_an_encoder_of_padded_input_is_as_fast_as_the_base_or_else_right(gradient, targets):
+    """Nested tensors are a fast path that only the first layer is asked for."""
+    module, (inputs,), _ = adapted("transformer encoder", gradient, target_modules=targets)
+    padding = torch.arange(5) > torch.tensor([[4], [2], [3]])
+    loss, gradients = [], []
+    nudge(module)
+    for _ in range(2):
+        output = module(inputs, src_key_padding_mask=padding)
+        loss.append((output[~padding] ** 2).sum())
+        loss[-1].backward()
+        gradients.append([p.grad.clone() for p in module.parameters() if p.requires_grad])
+        module.zero_grad()
+        module.eval()
+    torch.testing.assert_close(loss[0], loss[1], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-13)
+    with torch.no_grad(), Operations() as operations:
+        output = module(inputs, src_key_padding_mask=padding)
+    torch.testing.assert_close((output[~padding] ** 2).sum(), loss[0].detach(), rtol=1e-11, atol=1e-13)
+    fast = operations.names.count("aten._transformer_encoder_layer_fwd.default")
+    in_weight = gradient != "factored" or targets == ["layers.1.self_attn"]
+    assert fast == (2 if in_weight else 1 if "layers" in targets[0] else 0)
+    assert any("nested" in name for name in operations.names) == (
+        in_weight and (gradient == "projected" or "self_attn" in targets[0]) and "layers" not in targets[0]
+    )
+
+
 def test_projected_holds_the_full_gradient_of_one_weight_at_a_time():
     module = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(31, 31, bias=False), nn.Tanh())))
     inject(module, rank=2, gradient="projected")
@@ -355,6 +392,100 @@ def test_factored_and_merged_never_form_the_full_gradient(gradient):
     with Operations(module, shapes=[(29, 31), (31, 29)]) as operations:
         loss.backward()
     assert operations.peak == 0
+
+
+# ------------------------------------------------------------------------------------------------ torch.func
+
+
+def as_function(module):
+    """The module's loss as a function of its factors and its inputs, and the factors."""
+    factors = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return lambda factors, *inputs: loss_of(functional_call(module, factors, inputs)), factors
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("case", CASES)
+def test_torch_func_gives_the_same_loss_and_gradients(case, gradient):
+    module, inputs, _ = adapted(case, gradient)
+    nudge(module)
+    function, factors = as_function(module)
+    gradients, loss = torch.func.grad_and_value(function)(factors, *inputs)
+    expected = loss_of(module(*inputs))
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    for name in factors:
+        torch.testing.assert_close(gradients[name], module.get_parameter(name).grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's own attention
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("LSTM", "GRU")])  # torch cannot batch these
+def test_gradients_of_each_sample_are_those_of_one_at_a_time(case, gradient):
+    module, inputs, _ = adapted(case, gradient)
+    nudge(module)
+    function, factors = as_function(module)
+    one = torch.func.grad(lambda factors, *sample: function(factors, *(part[None] for part in sample)))
+    together = torch.func.vmap(one, in_dims=(None, *(0 for _ in inputs)))(factors, *inputs)
+    for i in range(len(inputs[0])):
+        alone = one(factors, *(part[i] for part in inputs))
+        for name in factors:
+            torch.testing.assert_close(together[name][i], alone[name], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch's own, in jacfwd
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 5), m=st.integers(1, 5), scale=st.sampled_from([1.0, 0.5]))
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_torch_func_differentiates_twice(gradient, seed, n, m, scale):
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(n, m), nn.Tanh(), Conv1D(2, m)).double()
+    plain = copy.deepcopy(module)
+    inject(module, rank=1, alpha=scale, gradient=gradient, adapter_dtype="float64")
+    nudge(module)
+    function, factors = as_function(module)
+
+    def formed(factors, inputs):
+        weights = {}
+        for place in places(module):
+            A, B = (factors[f"{place.factors}{factor}"] for factor in "AB")
+            delta = scale * (A.T @ B if place.adapter.transposed else B.T @ A)
+            weights[place.key] = plain.get_parameter(place.key).detach() + delta
+        return loss_of(functional_call(plain, weights, inputs))
+
+    inputs = torch.randn(3, n, dtype=torch.float64)
+    expected = torch.func.hessian(formed)(factors, inputs)
+    for outer in (torch.func.jacrev, torch.func.jacfwd):
+        actual = outer(torch.func.jacrev(function))(factors, inputs)
+        for row, column in itertools.product(factors, repeat=2):
+            torch.testing.assert_close(actual[row][column], expected[row][column], rtol=1e-9, atol=1e-11)
+
+
+def test_an_ensemble_of_adapters_is_one_batched_call():
+    module, (inputs,), _ = adapted("linear", "factored")
+    factors = {}
+    for i in range(3):
+        nudge(module, 0.1 + i)
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                factors.setdefault(name, []).append(p.detach().clone())
+    stacked = {name: torch.stack(values) for name, values in factors.items()}
+    outputs = torch.func.vmap(lambda factors: functional_call(module, factors, inputs))(stacked)
+    for i in range(3):
+        alone = functional_call(module, {name: values[i] for name, values in factors.items()}, inputs)
+        torch.testing.assert_close(outputs[i], alone, rtol=1e-12, atol=1e-13)
+
+
+# Dynamo instantiates any autograd Function to trace its backward, of which torch itself warns.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_by_torch_func_can_be_compiled(gradient):
+    module, inputs, _ = adapted("linear", gradient)
+    nudge(module)
+    function, factors = as_function(module)
+    expected = torch.func.grad(function)(factors, *inputs)
+    actual = torch.compile(torch.func.grad(function), backend="aot_eager", fullgraph=True)(factors, *inputs)
+    for name in factors:
+        torch.testing.assert_close(actual[name], expected[name])
 
 
 # ------------------------------------------------------------------------------------- when the weight follows

@@ -6,10 +6,15 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraGAConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import adapters, inject, merge
+from lightning_lora import adapters, attach, inject, merge
+from lightning_lora.gradient_start import start_from_gradients
+from lightning_lora.inject import inject_options, places
+from lightning_lora.options import Options
 
 STEPS, VOCABULARY = 30, 64
 
@@ -148,3 +153,188 @@ def test_both_draw_a_from_the_same_distribution_and_start_b_at_zero():
             assert 0.9 * bound < factor.abs().max() <= bound
         assert not adapter.B.any()
         assert not layer.lora_B["default"].weight.any()
+
+
+# --------------------------------------------------------------------------------- DoRA, PiSSA, LoRA-GA and LoRA+
+
+GRADIENTS = ["factored", "merged", "projected"]
+
+
+def train_from_here(model, optimizer, inputs=None):
+    """The loss before each of 20 steps; ``inputs`` are pairs for the squared error, or the tokens of ``batches``."""
+    model.train()
+    losses = []
+    for batch in (inputs or batches())[:20]:
+        if isinstance(batch, tuple):
+            loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        else:
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def both_train(ours, theirs, inputs=None, lr=5e-3):
+    """Losses of both, by AdamW, and the merged weights of ours beside those of PEFT."""
+    optimizer = torch.optim.AdamW(trainable(ours), lr=lr, weight_decay=0.01)
+    attach(ours, optimizer)
+    our_losses = train_from_here(ours, optimizer, inputs)
+    their_losses = train_from_here(theirs, torch.optim.AdamW(trainable(theirs), lr=lr, weight_decay=0.01), inputs)
+    assert their_losses.std() > 0.01
+    merge(ours)
+    merged = theirs.merge_and_unload().state_dict()
+    assert list(ours.state_dict()) == list(merged)
+    distance = max((weight - merged[key]).abs().max() for key, weight in ours.state_dict().items())
+    return (our_losses - their_losses).abs().max(), distance
+
+
+class ConvNet(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            torch.nn.Conv2d(3, 8, 3, padding=1),
+            torch.nn.Tanh(),
+            torch.nn.Conv2d(8, 6, 3, stride=2, bias=False),
+            torch.nn.Flatten(),
+            torch.nn.Linear(54, 4),
+        )
+
+
+def images():
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(STEPS)]
+    return [(x, torch.randn(8, 4, generator=generator)) for x in draws]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}])
+def test_dora_and_rslora_give_the_losses_of_peft(options, gradient):
+    torch.manual_seed(0)
+    base = llama()
+    theirs = in_peft(copy.deepcopy(base), r=4, lora_alpha=8, target_modules="all-linear", **options)
+    decomposition = "dora" if "use_dora" in options else "product"
+    rslora = options.get("use_rslora", False)
+    inject(base, rank=4, alpha=8, decomposition=decomposition, use_rslora=rslora, gradient=gradient)
+    copy_factors(base, theirs.base_model.model)
+    followed(base)
+    losses, weights = both_train(base, theirs)
+    assert losses <= 1e-4
+    assert weights <= 1e-4
+
+
+def followed(model):
+    """Weights that hold their increment take in that of the factors as they have been set."""
+    for place in places(model):
+        if place.host.holds_increment:
+            adapter = place.adapter
+            adapter.follow(place.weight, adapter.A.detach().clone(), torch.zeros_like(adapter.B))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_dora_of_convolutions_gives_the_losses_of_peft(gradient):
+    torch.manual_seed(0)
+    base = ConvNet()
+    targets = ["0", "2", "4"]
+    theirs = in_peft(copy.deepcopy(base), r=2, lora_alpha=4, target_modules=targets, use_dora=True)
+    inject(base, rank=2, alpha=4, target_modules=targets, decomposition="dora", gradient=gradient)
+    with torch.no_grad():
+        for name, adapter in adapters(base).items():
+            layer = theirs.base_model.model.get_submodule(name)
+            B = layer.lora_B["default"].weight.normal_(std=0.05)
+            adapter.A.copy_(layer.lora_A["default"].weight.flatten(1))
+            adapter.B.copy_(B.flatten(1).T)
+    followed(base)
+    losses, weights = both_train(base, theirs, images())
+    assert losses <= 1e-4
+    assert weights <= 1e-4
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_pissa_from_its_own_start_gives_the_losses_of_peft(gradient):
+    """Singular vectors may differ in sign, on which Adam's steps do not depend. PEFT stores W0 - s B0 A0 in the place
+    of W0, and gets back what is merged to the rounding of that; ours keeps W0."""
+    torch.manual_seed(0)
+    base = llama()
+    theirs = in_peft(copy.deepcopy(base), r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa")
+    inject(base, rank=4, alpha=8, init="pissa", gradient=gradient)
+    for name, adapter in adapters(base).items():
+        layer = theirs.base_model.model.get_submodule(name)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(adapter.B0.T @ adapter.A0, B @ A, rtol=1e-3, atol=1e-4)
+    losses, weights = both_train(base, theirs, lr=1e-3)
+    assert losses <= 1e-4
+    assert weights <= 1e-3
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_lora_ga_from_the_start_of_peft_gives_its_losses(gradient):
+    """PEFT takes the same singular vectors of the gradient, and then multiplies B by the singular values and leaves A
+    at unit length; the paper (eq. 8) has neither, and both factors scaled by m^(1/4) / sqrt(gamma). So its start is
+    taken over for the losses, and the directions alone are compared with those of ours."""
+    torch.manual_seed(0)
+    base = llama()
+    twin, drafted = copy.deepcopy(base), copy.deepcopy(base)
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+    )
+    config.target_modules = [name for name, m in twin.named_modules() if isinstance(m, torch.nn.Linear)]
+    config.target_modules.remove("lm_head")
+
+    def losses(model):
+        for tokens in batches()[:4]:
+            yield model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def train_step():
+        for loss in losses(twin):
+            loss.backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        preprocess_loraga(twin, config, train_step)
+        exact = {name: twin.get_submodule(name)._peft_loraga_grad for name in config.target_modules}
+        theirs = get_peft_model(twin, config)
+
+    inject_options(drafted, Options(rank=4, init="gradient"))
+    start_from_gradients(drafted.train(), lambda: losses(drafted), lambda tensor: tensor)
+    known = adapters(drafted)
+    for name, adapter in known.items():
+        S = torch.linalg.svdvals(exact[name])
+        if S[4] < 0.8 * S[3]:  # a space of singular vectors is as well known as the gap behind it is wide
+            A = theirs.base_model.model.get_submodule(name).lora_A["default"].weight.detach()
+            cosines = torch.linalg.svdvals(torch.linalg.qr(A.T)[0].T @ torch.linalg.qr(adapter.A0.T)[0])
+            assert cosines.min() > 0.95, name
+
+    inject(base, rank=4, gradient=gradient)
+    with torch.no_grad():
+        for name, adapter in adapters(base).items():
+            layer = theirs.base_model.model.get_submodule(name)
+            adapter.start_from(layer.lora_A["default"].weight, layer.lora_B["default"].weight.T)
+    our_losses, weights = both_train(base, theirs, lr=1e-3)
+    assert our_losses <= 1e-4
+    assert weights <= 1e-3
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("ratio", [4.0, 16.0])
+def test_lora_plus_gives_the_losses_of_pefts_optimizer(ratio, gradient):
+    """PEFT also gives the higher rate to every vector that is trained, such as biases and DoRA's magnitudes; the paper
+    has it for B alone, and so has `lr_ratio`. No such vector is trained here."""
+    torch.manual_seed(0)
+    base = llama()
+    theirs = in_peft(copy.deepcopy(base), r=4, lora_alpha=8, target_modules="all-linear")
+    inject(base, rank=4, alpha=8, lr_ratio=ratio, gradient=gradient)
+    copy_factors(base, theirs.base_model.model)
+    followed(base)
+    optimizer = torch.optim.AdamW(trainable(base), lr=5e-4, weight_decay=0.01)
+    attach(base, optimizer)
+    groups = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=5e-4, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.01
+    )
+    ours, expected = train_from_here(base, optimizer), train_from_here(theirs, groups)
+    assert (ours - expected).abs().max() <= 1e-4
+    assert expected.std() > 0.01

@@ -9,8 +9,9 @@ With b rows of X, torch's layout W0 (m, n), and rank-major A (r, n), B (r, m), Z
     dA = dZ X                  (r, n)
     dB = Z dY                  (r, m)
 
-No dL/dW, which is (m, n), is ever formed. Both sums are epilogues in place, so nothing of size (b, m) or (b, n) is
-allocated besides Y and dX. With dropout, X is masked where it meets A and nowhere else; 1/(1 - p) joins s.
+No dL/dW, which is (m, n), is ever formed. Both sums are formed in place, so nothing of size (b, m) or (b, n) is
+allocated besides Y and dX; in dX the thin product comes first, so that it is not read again. With dropout, X is masked
+where it meets A and nowhere else; 1/(1 - p) joins s.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients.autocast import without_autocast
+from lightning_lora.gradients.transforms import is_transformed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool) -> Tensor:
@@ -40,6 +42,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, tra
     """
     x, A, B = _in_one_dtype(x, adapter)
     mask, scale = _dropout(x, adapter, training)
+    if is_transformed():
+        return F.linear(x, weight, bias) + increment(scale, x, A, B, mask)
     return _Linear.apply(x, weight, bias, A, B, mask, scale)
 
 
@@ -50,14 +54,22 @@ def add(y: Tensor, x: Tensor, adapter: Adapter, training: bool) -> Tensor:
     """
     x, A, B = _in_one_dtype(x, adapter)
     mask, scale = _dropout(x, adapter, training)
+    if is_transformed():
+        return y + increment(scale, x, A, B, mask).to(y.dtype)
     return _Add.apply(y, x, A, B, mask, scale)
+
+
+def increment(s: float, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The increment of Y as a formula, (..., m), which ``torch.func`` differentiates and batches by itself."""
+    return s * ((x if mask is None else x * mask) @ A.T @ B)
 
 
 def _in_one_dtype(x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(device))
-    return x, adapter.A.to(x.dtype), adapter.B.to(x.dtype)
+    A, B = adapter.increment()
+    return x, A.to(x.dtype), B.to(x.dtype)
 
 
 def _dropout(x: Tensor, adapter: Adapter, training: bool) -> tuple[Tensor | None, float]:
@@ -76,7 +88,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, s: float
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)  # first, so that with B = 0 it is the base layer's bit for bit on any device
         z = _z(s, x, A, mask)
         y.view(-1, y.shape[-1]).addmm_(z.T, B)
         ctx.save_for_backward(x, weight, A, B, mask, z)
@@ -90,14 +102,14 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         dy = _rows(dy)
         dz = (B @ dy.T).mul_(ctx.s)
+        dA, dB = _factors(ctx.s, x, A, mask, z, dy, dz, need_A, need_B)
         dx = None
         if need_x:
-            dx = dy @ weight.to(dy.dtype)
-            dx = dx.addmm_(dz.T, A) if mask is None else dx.addcmul_(dz.T @ A, _rows(mask).to(dx.dtype))
-            dx = dx.view(x.shape)
+            dx = dz.T @ A if mask is None else (dz.T @ A).mul_(_rows(mask))
+            dx = dx.addmm_(dy, weight.to(dy.dtype)).view(x.shape)
         dweight = dy.T @ _rows(x) if need_weight else None  # None while W0 is frozen, as it should be
         dbias = dy.sum(0) if need_bias else None
-        return dx, dweight, dbias, *_factors(ctx.s, x, A, mask, z, dy, dz, need_A, need_B), None, None
+        return dx, dweight, dbias, dA, dB, None, None
 
 
 class _Add(torch.autograd.Function):

@@ -1,11 +1,13 @@
 """Y = X W, where W = W0 + s B^T A holds the increment already; the gradients are the thin products of ``factored``.
 
 The forward is the base layer's own, untouched, and so is dX = dY W. What is added is a tap on the output, which passes
-Y and dY on and takes dA and dB from X and dY (seed, eq. grad-2).
+Y and dY on and takes dA and dB from X and dY (seed, eq. grad-2). Where A is not trained, a linear layer keeps Z = A X^T
+and no X; a convolution's own autograd keeps X in any case.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients.autocast import without_autocast
+from lightning_lora.gradients.factored import increment
+from lightning_lora.gradients.transforms import is_transformed
 
 
 class Tapped(Protocol):
@@ -24,37 +28,60 @@ class Tapped(Protocol):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Z, of r channels, from the layer's input."""
 
+    def up(self, z: Tensor, B: Tensor) -> Tensor:
+        """The increment of the layer's output, scale included."""
+
     def up_backward(self, z: Tensor, dy: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """dZ and dB, of the step from Z to the output, without the scale."""
 
 
 def tap_linear(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """``y``, (..., m), the output of a linear layer for ``x``, (..., n), whose gradient is seen by ``adapter``."""
-    return _LinearTap.apply(y, x, adapter.A, adapter.B, adapter.scale)
+    if is_transformed():
+        return _with_zero(y, lambda A, B: increment(adapter.scale, x.to(y.dtype), A, B), adapter)
+    A, B = adapter.factors()
+    return _LinearTap.apply(y, x, A, B, adapter) if A.requires_grad or B.requires_grad else y
 
 
 def tap(y: Tensor, x: Tensor, layer: Tapped) -> Tensor:
     """The same for any layer: ``y`` is its output for ``x``."""
-    return _Tap.apply(y, x, layer.lora.A, layer.lora.B, layer)
+    if is_transformed():
+        x = x.to(y.dtype) if x.is_floating_point() else x
+        return _with_zero(y, lambda A, B: layer.up(layer.down(x, A), B), layer.lora)
+    A, B = layer.lora.as_product(*layer.lora.factors())
+    return _Tap.apply(y, x, A, B, layer) if A.requires_grad or B.requires_grad else y
+
+
+def _with_zero(y: Tensor, increment: Callable[[Tensor, Tensor], Tensor], adapter: Adapter) -> Tensor:
+    """``y`` plus a zero: the increment less that of constants of the same values, whose derivatives are those of Y.
+
+    So they are of every order, in A, B and X, while W, which holds the increment, is a constant.
+    """
+    A, B = (factor.to(y.dtype) for factor in adapter.as_product(*adapter.factors()))
+    return y + (increment(A, B) - increment(A.detach(), B.detach()))
 
 
 class _LinearTap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.s = s
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
+        if ctx.needs_input_grad[2]:
+            ctx.save_for_backward(x, A, B)
+        else:
+            ctx.save_for_backward(A.to(x.dtype) @ _rows(x).T)
+        ctx.adapter = adapter
         return y.view_as(y)
 
     @staticmethod
     @without_autocast
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-        dA = (B.to(dy.dtype) @ rows.T).mul_(ctx.s) @ x if ctx.needs_input_grad[2] else None
-        dB = (A.to(dy.dtype) @ x.T).mul_(ctx.s) @ rows if ctx.needs_input_grad[3] else None
-        return dy, None, dA, dB, None
+        rows = _rows(dy)
+        if ctx.needs_input_grad[2]:
+            x, A, B = ctx.saved_tensors
+            dA, dB = ctx.adapter.project_thin(_rows(x).to(dy.dtype), rows, A, B)
+            return dy, None, dA, dB, None
+        (z,) = ctx.saved_tensors
+        return dy, None, None, (z.to(dy.dtype) @ rows).mul_(ctx.adapter.scale), None
 
 
 class _Tap(torch.autograd.Function):
@@ -71,7 +98,12 @@ class _Tap(torch.autograd.Function):
         x, A, B = (tensor.detach() for tensor in ctx.saved_tensors)
         x = x.to(dy.dtype) if x.is_floating_point() else x
         with torch.enable_grad():
-            z = ctx.layer.down(x, A.requires_grad_().to(dy.dtype))
+            z = ctx.layer.down(x, A.requires_grad_(ctx.needs_input_grad[2]).to(dy.dtype))
         dz, dB = ctx.layer.up_backward(z.detach(), dy, B.to(dy.dtype))
-        (dA,) = torch.autograd.grad(z, A, dz.mul_(ctx.layer.lora.scale))
-        return dy, None, dA, dB.mul_(ctx.layer.lora.scale), None
+        scale = ctx.layer.lora.scale
+        dA = torch.autograd.grad(z, A, dz.mul_(scale))[0] if ctx.needs_input_grad[2] else None
+        return dy, None, dA, dB.mul_(scale), None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

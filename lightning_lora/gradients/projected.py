@@ -14,16 +14,26 @@ from torch.autograd.function import once_differentiable
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients.autocast import without_autocast
+from lightning_lora.gradients.transforms import is_transformed
 
 
 def read(weight: Tensor, adapter: Adapter) -> Tensor:
     """``weight``, with a gradient that goes to the factors of ``adapter``."""
-    return _Read.apply(weight, adapter.A, adapter.B, adapter)
+    gain = adapter.gain(weight)
+    if is_transformed():
+        delta = adapter.delta(*adapter.as_product(*adapter.factors()), weight.dtype)
+        zero = (delta - delta.detach()).to(weight.dtype)  # whose derivatives are those of W
+        if gain is None:
+            return weight + zero
+        rows, held = adapter.by_rows(gain), adapter.by_rows(gain.detach())
+        return (weight * (rows / held) + held * zero).to(weight.dtype)
+    return _Read.apply(weight, *adapter.factors(), gain, adapter)
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, adapter: Adapter) -> Tensor:
+        ctx.save_for_backward(weight, A, B, gain)
         ctx.adapter = adapter
         return weight.view_as(weight)
 
@@ -31,4 +41,10 @@ class _Read(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.adapter.project(gradient), None
+        weight, A, B, gain = ctx.saved_tensors
+        G, dgain = ctx.adapter.as_matrix(gradient), None
+        if gain is not None:  # W = gain V
+            dgain = (G * ctx.adapter.as_matrix(weight)).sum(-1) / gain
+            G = G * gain.to(G.dtype)[..., None]
+        dweight = gradient if ctx.needs_input_grad[0] else None  # None while W is frozen, as it should be
+        return dweight, *ctx.adapter.project(G, A, B), dgain, None

@@ -1,0 +1,413 @@
+"""What the increment of a weight is: the product B^T A, how it is folded into a weight and out again, its gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import draws
+from lightning_lora.adapters import initial
+from lightning_lora.rounding import round_stochastically
+
+DECOMPOSITIONS: dict[str, type[Adapter]] = {}
+"""Name of a decomposition -> its class."""
+
+
+class Adapter(nn.Module):
+    """The low-rank increment of one weight, ``scale * B.T @ A`` (seed, eq. 1, with torch's transposed layout).
+
+    The weight is taken as a matrix (m, n) that maps n inputs to m outputs; that of a convolution as (out, in * kernel),
+    a stack of matrices (k, m, n) as k matrices. Factors are stored rank-major. They keep their dtype when the module
+    around them is cast (``.half()``, ``.to(torch.bfloat16)``, the ``*-true`` precisions of Lightning); only the device
+    follows.
+
+    Where it starts from A0 and B0 whose product is not zero, the increment is B^T A - B0^T A0 (seed, "Optimization
+    Perspective"). That is B^T (A - A0) + (B - B0)^T A0, exactly zero at the start, and no difference of large products.
+
+    A subclass is another decomposition: ``class Mine(Adapter, decomposition="mine")`` can be asked for by that name.
+
+    Args:
+        A: Projection of the inputs, (r, n) or (k, r, n).
+        B: Projection of the outputs, (r, m) or (k, r, m), same dtype as ``A``.
+        shape: That of the weight; by default the matrix's, as it is stored.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout: Probability that an input of the increment is zeroed while training.
+        transposed: Whether the weight is stored (n, m), as those of ``nn.Embedding`` and Hugging Face's ``Conv1D``.
+        zero: Names of the tensors that are zero where the increment is.
+        key: What its draws depend on, with its factors.
+        holds: Whether the weight holds the increment, so that whoever reads it alone reads all of it.
+        resample: Which factors are drawn anew while training: None, ``"both"``, or ``"A"``, which is not trained then.
+        padding_idx: An input for which the increment stays zero, as that of an ``nn.Embedding``.
+    """
+
+    decomposition: ClassVar[str] = "product"
+    has_inits: ClassVar[bool] = True
+    """Whether it matters where A and B start."""
+    has_projections: ClassVar[bool] = True
+    """Whether A and B project, so that they can be drawn anew."""
+    rescales: ClassVar[bool] = False
+    """Whether :meth:`gain` gives a factor for each output."""
+
+    def __init_subclass__(cls, decomposition: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.decomposition = decomposition
+        DECOMPOSITIONS[decomposition] = cls
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        shape: Sequence[int] | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        transposed: bool = False,
+        zero: Sequence[str] = ("B",),
+        key: str = "",
+        holds: bool = False,
+        resample: str | None = None,
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.A0: nn.Parameter | None
+        self.B0: nn.Parameter | None
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.register_parameter("A0", None)
+        self.register_parameter("B0", None)
+        sides = (A.shape[-1], B.shape[-1]) if transposed else (B.shape[-1], A.shape[-1])
+        self.shape = (*A.shape[:-2], *sides) if shape is None else tuple(shape)
+        self.scale = scale
+        self.dropout = dropout
+        self.transposed = transposed
+        self.zero = tuple(zero)
+        self.key = key
+        self.holds = holds
+        self.resample = resample
+        self.padding_idx = padding_idx
+        self.steps = 0
+        """Optimizer steps taken; not counted unless factors are drawn anew."""
+        self.drawn_at = 0
+        """How many there were at the last draw."""
+        self.lost: Tensor | None = None
+        """Share of the entries moved by the last step that rounding to the nearest would have left where they were;
+        known for weights below float32 whose factors are drawn anew."""
+        self.fixed: tuple[str, ...] = ()
+
+    @classmethod
+    def check_shape(cls, name: str, m: int, n: int, rank: int, init: str) -> None:
+        """Raises ``ValueError`` if the layer ``name``, whose weight is m x n, cannot have this rank and start."""
+        initial.check_start(name, init, m, n, rank)
+
+    @classmethod
+    def initial(
+        cls,
+        weight: Tensor,
+        rank: int,
+        seed: int,
+        name: str,
+        dtype: torch.dtype,
+        stacked: bool = False,
+        init: str = "zero",
+        **kwargs: Any,
+    ) -> Adapter:
+        """An adapter for ``weight`` whose increment is zero, drawn on the CPU from ``(seed, name)`` alone.
+
+        Where ``stacked``, the first dimension of ``weight`` counts matrices. What each ``init`` is, is said in
+        ``initial.py``; a start whose product is not zero is kept as A0 and B0.
+        """
+        *stack, m, n = weight.shape if stacked else weight.flatten(1).shape
+        m, n = (n, m) if kwargs.get("transposed") else (m, n)
+        # Lightning injects under contexts that set the default dtype and device
+        A, B = (torch.zeros(*stack, rank, side, dtype=dtype, device=weight.device) for side in (n, m))
+        adapter = cls(A, B, weight.shape, key=f"{seed}/{name}", **kwargs)
+        with torch.no_grad():
+            adapter.start(weight, init)
+        return adapter
+
+    def start(self, weight: Tensor, init: str) -> None:
+        """Sets the factors, which are zero, for the pretrained ``weight``; further parameters can be made here."""
+        if self.resample is not None:
+            self.draw()
+            return
+        A, B = initial.start(init, self.as_matrix(weight), self.rank, self.scale, self.zero, draws.generator(self.key))
+        if initial.is_offset(init):
+            self.start_from(A, B)
+        else:
+            self.A.copy_(A)
+            self.B.copy_(B)
+            self._clear_padding(self.A)
+
+    @torch.no_grad()
+    def start_from(self, A: Tensor, B: Tensor) -> None:
+        """Starts at factors whose product is not zero, and keeps them as A0 and B0."""
+        for name, value in (("A", A), ("B", B)):
+            factor = getattr(self, name)
+            factor.copy_(value)
+            if name == "A":
+                self._clear_padding(factor)
+            setattr(self, f"{name}0", nn.Parameter(factor.detach().clone()))
+        self.fix("A0", "B0")
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Draws the factors that belong to step ``drawn_at``, from the seed, the layer's name and that number alone.
+
+        Entries ~ N(0, 1/r), so that E[A^T A] = I and E[B^T B] = I at any rank (seed, "Random Projection"). Where only A
+        is drawn, B is zero.
+        """
+        generator = draws.generator(self.key, str(self.drawn_at))
+        std = self.rank**-0.5
+        for factor in (self.A, self.B):
+            drawn = torch.zeros(factor.shape, dtype=torch.float32, device="cpu")
+            if factor is self.A or self.resample == "both":
+                drawn.normal_(0, std, generator=generator)
+            factor.copy_(drawn)
+        self._clear_padding(self.A)
+        if self.resample == "A":
+            self.fix("A")
+
+    def _clear_padding(self, A: Tensor) -> None:
+        if self.padding_idx is not None:
+            A[..., self.padding_idx] = 0
+
+    def fix(self, *names: str) -> None:
+        """Marks parameters as not trained."""
+        self.fixed = (*self.fixed, *(name for name in names if name not in self.fixed))
+        for name in names:
+            getattr(self, name).requires_grad_(False)
+
+    @property
+    def _forward_pre_hooks(self) -> dict[int, Callable[..., Any]]:
+        """Off the fast path of ``nn.TransformerEncoderLayer`` unless W holds the increment and no gradient is taken.
+
+        That path, for inference, reads its Linears' weights and never calls them. A hook anywhere below it turns it
+        off; this module itself is never called.
+        """
+        by_weight = self.holds and not torch.is_grad_enabled()
+        return OrderedDict() if by_weight else OrderedDict({0: _never_called})
+
+    @_forward_pre_hooks.setter
+    def _forward_pre_hooks(self, hooks: dict[int, Callable[..., Any]]) -> None:
+        """``nn.Module`` makes them; here they are never kept."""
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.named_parameters() if name not in self.fixed}
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows of A and B."""
+        return self.A.shape[-2]
+
+    # -------------------------------------------------------------------------- what a decomposition of one's own has
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, n) and B (r, m), or what stands for them, of which the increment is ``scale * B.T @ A``."""
+        return self.A, self.B
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """g, (m,) or (k, m), where the weight is g (W0 + increment); differentiable. ``weight`` is the module's."""
+        return None
+
+    # ------------------------------------------------------------------------------------ the algebra of the product
+
+    def increment(self) -> tuple[Tensor, Tensor]:
+        """A' and B' with as many rows as it takes, such that the increment is ``scale * B'.T @ A'``; differentiable."""
+        A, B = self.factors()
+        if self.A0 is not None and self.B0 is not None:
+            A, B = torch.cat([A - self.A0, self.A0], -2), torch.cat([B, B - self.B0], -2)
+        return self.as_product(A, B)
+
+    def as_product(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The increment of the factors A and B as a product; A and B themselves."""
+        return A, B
+
+    def project(self, gradient: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """dA = s B G, dB = s A G^T from the full gradient G = dL/dW, (m, n) (seed, eq. grad-1), in the dtype of G."""
+        A, B = A.to(gradient.dtype), B.to(gradient.dtype)
+        return self.scale * (B @ gradient), self.scale * (A @ gradient.mT)
+
+    def project_thin(self, x: Tensor, dy: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from X (b, n) and dY (b, m) without G (seed, eq. grad-2): dA = s (B dY^T) X, dB = s (A X^T) dY."""
+        A, B = A.to(dy.dtype), B.to(dy.dtype)
+        return (B @ dy.T).mul_(self.scale) @ x, (A @ x.T).mul_(self.scale) @ dy
+
+    def add_step(self, matrix: Tensor, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> None:
+        """Takes ``matrix`` (m, n), in place, from the increment of A and B to that of A' and B'.
+
+        s ((B' - B)^T A' + B^T (A' - A)), one product of rank 2r: no difference of two large products.
+        """
+        left, right = torch.cat([B_next - B, B], -2), torch.cat([A_next, A_next - A], -2)
+        (matrix.baddbmm_ if matrix.dim() == 3 else matrix.addmm_)(left.mT, right, alpha=self.scale)
+
+    # ------------------------------------------------------------------------------------------- weights, in and out
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """``weight``, or a tensor of its shape, as (m, n) or (k, m, n); a view wherever there can be one."""
+        matrix = weight.flatten(self.A.dim() - 1)
+        return matrix.mT if self.transposed else matrix
+
+    @torch.no_grad()
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The increment in the weight's layout and shape, at least in ``dtype``."""
+        return self.delta(*self.increment(), dtype)
+
+    def delta(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        """``scale * B.T @ A`` in the weight's layout and shape, at least in ``dtype``; differentiable."""
+        dtype = torch.promote_types(A.dtype, dtype)
+        A, B = A.to(dtype), B.to(dtype)
+        with torch.autocast(A.device.type, enabled=False):
+            delta = self.scale * (A.mT @ B if self.transposed else B.mT @ A)
+        return delta.view(self.shape)
+
+    def by_rows(self, gain: Tensor) -> Tensor:
+        """``gain``, (m,) or (k, m), as it can be multiplied with a tensor of the weight's shape."""
+        return gain.unsqueeze(-2) if self.transposed else gain.view(*gain.shape, *(1 for _ in self.shape[gain.dim() :]))
+
+    @torch.no_grad()
+    def folded_into(self, weight: Tensor) -> Tensor:
+        """W = W0 + delta in the dtype of W0, rounded once from at least float32; W0 itself where delta is zero."""
+        if self._is_zero():
+            return weight.detach().clone()  # not W0 + 0, which would turn -0.0 into 0.0
+        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+    @torch.no_grad()
+    def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
+        """W0 = W - delta in the dtype of W, and a bound of every entry's error if W is what ``folded_into`` gave.
+
+        Both sums are rounded once to the dtype in which they are formed and once to the dtype of W, each time by half
+        an ulp at the most: the bound is (u + u') (max|W| + max|W0|), with u, u' the two units of roundoff, plus the
+        smallest subnormal for what underflows.
+        """
+        if self._is_zero():
+            return weight.detach().clone(), 0.0
+        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
+        base = (weight.to(delta.dtype) - delta).to(weight.dtype)
+        return base, _bound(weight, base, delta.dtype)
+
+    @torch.no_grad()
+    def held(self) -> tuple[Tensor, ...]:
+        """What :meth:`follow` must know of the factors before they change."""
+        return tuple(factor.detach().clone() for factor in self.factors())
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor, A: Tensor, B: Tensor) -> None:
+        """Takes ``weight``, which holds the increment of ``A`` and ``B``, to that of the factors as they are now.
+
+        A weight below float32 would lose every update smaller than half an ulp: it is rounded stochastically, by draws
+        that depend on ``key`` and the new values of what is trained alone.
+        """
+        after = self.factors()
+        if not torch.equal(A, after[0]) or not torch.equal(B, after[1]):
+            dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
+            work = weight if weight.dtype == dtype and weight.is_contiguous() else weight.to(dtype).contiguous()
+            with torch.autocast(weight.device.type, enabled=False):  # which is on in a manual optimization's step
+                self.add_step(self.as_matrix(work), *(factor.to(dtype) for factor in (A, B, *after)))
+            if work is not weight:
+                self._write(weight, work)
+
+    def _write(self, weight: Tensor, value: Tensor) -> None:
+        if weight.dtype.itemsize < 4:
+            generator = draws.generator(self.key, *(draws.digest(p) for p in self.trained.values()))
+            if self.resample is not None:
+                moved = value != weight
+                self.lost = (moved & (value.to(weight.dtype) == weight)).sum() / moved.sum().clamp_min(1)
+            value = round_stochastically(value.float(), weight.dtype, generator)
+        weight.copy_(value)
+
+    # ------------------------------------------------------------------------------------------------------- states
+
+    def without_increment(self, weight: Tensor) -> dict[str, Tensor]:
+        """The state in which the increment of ``weight``, a whole weight, is zero.
+
+        Where factors are drawn anew, what they are is no part of a weight's increment: only their steps are added.
+        """
+        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        if self.resample is not None:
+            return state
+        if self.A0 is not None:
+            return {**state, "A": state["A0"], "B": state["B0"]}
+        return {**state, **{name: torch.zeros_like(state[name]) for name in self.zero}}
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint needs; a factor that the seed and the number of steps give is left out."""
+        left_out = ("A",) if self.resample == "A" else ()
+        return {name: tensor.detach() for name, tensor in self.state_dict().items() if name not in left_out}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """This adapter, with those of a state in the place of its own."""
+        other = copy.copy(self)
+        other._parameters = {
+            name: None if p is None else nn.Parameter(tensors[name], requires_grad=False)
+            for name, p in self._parameters.items()
+        }
+        other._buffers = {name: None if b is None else tensors[name] for name, b in self._buffers.items()}
+        return other
+
+    def state(self, weight: Tensor) -> dict[str, Any]:
+        """What a checkpoint needs to make this adapter again; tensors and primitives. ``weight`` is the module's."""
+        return {
+            "decomposition": self.decomposition,
+            **self.saved(),
+            "shape": list(self.shape),
+            "scale": self.scale,
+            "transposed": self.transposed,
+            "resample": self.resample,
+            "key": self.key,
+            "steps": self.steps,
+            "drawn_at": self.drawn_at,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of ``state``, which was taken of an adapter like this; this one counts its steps from there."""
+        self.steps, self.drawn_at = state["steps"], state["drawn_at"]
+        if self.resample == "A":
+            self.draw()
+        return {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Adapter:
+        """The adapter that ``state`` was taken of, to fold it into a weight or out."""
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        kind = DECOMPOSITIONS[state["decomposition"]]
+        adapter = kind(tensors.pop("A"), tensors.pop("B"), state["shape"], state["scale"], 0.0, state["transposed"])
+        for name, value in tensors.items():
+            adapter.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        return adapter
+
+    def extra_repr(self) -> str:
+        stack = f"{self.A.shape[0]} x " if self.A.dim() == 3 else ""
+        n, m = self.A.shape[-1], self.B.shape[-1]
+        return f"{stack}{n} -> {m}, rank={self.rank}, scale={self.scale:g}, dtype={self.A.dtype}"
+
+    def _is_zero(self) -> bool:
+        A, B = self.increment()
+        return not (A.any() and B.any())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+DECOMPOSITIONS[Adapter.decomposition] = Adapter
+
+
+def _bound(weight: Tensor, base: Tensor, dtype: torch.dtype) -> float:
+    roundoff = (torch.finfo(dtype).eps + torch.finfo(weight.dtype).eps) / 2
+    largest = weight.abs().max().item() + base.abs().max().item()
+    subnormal = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
+    return roundoff * (1 + roundoff) * largest + subnormal
+
+
+def _never_called(*_: Any) -> None:
+    raise RuntimeError("An adapter is not a layer: call the module that carries it.")

@@ -1,0 +1,89 @@
+"""W = magnitude * V / ||V|| with V = W0 + s B^T A. Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapters.adapter import Adapter, _bound
+
+
+class DoRA(Adapter, decomposition="dora"):
+    """A product, and a trained magnitude for each output: the rows of V = W0 + s B^T A get these as their norms.
+
+    ``magnitude`` (m,) or (k, m), float32 at least, starts as the norms of W0. As in the paper (section 4.3) and in
+    PEFT, the norms of V are taken as constants by the gradient. ``held_gain``, of the same shape, is the
+    magnitude / ||V|| that a weight has in it, where it holds the increment and in files.
+    """
+
+    has_projections: ClassVar[bool] = False
+    rescales: ClassVar[bool] = True
+
+    magnitude: nn.Parameter
+    held_gain: Tensor
+
+    def start(self, weight: Tensor, init: str) -> None:
+        super().start(weight, init)
+        norms = self._norms(self.as_matrix(weight))
+        self.magnitude = nn.Parameter(norms)
+        self.register_buffer("held_gain", torch.ones_like(norms) if self.holds else None)
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """magnitude / ||V||, where V is given by the weight as it stands: W0, or what holds the increment."""
+        if self.holds:  # ||V|| = magnitude / held_gain
+            return self._over(self.magnitude.detach() / self.held_gain)
+        return self._over(self._norms(self.as_matrix(weight)))
+
+    def _over(self, norms: Tensor) -> Tensor:
+        """magnitude / ``norms``; 1, and not trained, for outputs whose weights were all zero and have no direction."""
+        zero = self.magnitude == 0
+        return torch.where(zero, 1, self.magnitude / torch.where(zero, 1, norms))
+
+    @torch.no_grad()
+    def _norms(self, W0: Tensor) -> Tensor:
+        """||V||, (m,), without V: the squares are ||W0||^2 + 2 s <W0 A^T, B^T> + s^2 <B^T A A^T, B^T>, row by row."""
+        A, B = self.increment()
+        dtype = torch.promote_types(torch.promote_types(W0.dtype, A.dtype), torch.float32)
+        W0, A, B = W0.to(dtype), A.to(dtype), B.to(dtype)
+        with torch.autocast(W0.device.type, enabled=False):
+            cross = self.scale * (2 * (A @ W0.mT) + self.scale * (A @ A.mT) @ B)
+            return (torch.linalg.vector_norm(W0, dim=-1).square() + (cross * B).sum(-2)).clamp_min(0).sqrt()
+
+    @torch.no_grad()
+    def folded_into(self, weight: Tensor) -> Tensor:
+        """W = gain (W0 + delta) in the dtype of W0, rounded once; W0 itself where that is what it comes to."""
+        gain = self._over(self._norms(self.as_matrix(weight)))
+        if self._is_zero() and (gain == 1).all():
+            return weight.detach().clone()
+        delta = self.delta_weight(gain.dtype)
+        return ((weight.to(delta.dtype) + delta) * self.by_rows(gain)).to(weight.dtype)
+
+    @torch.no_grad()
+    def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
+        """W0 = W / gain - delta, with the bound of a sum, over the smallest gain."""
+        delta = self.delta_weight(self.held_gain.dtype)
+        base = (weight.to(delta.dtype) / self.by_rows(self.held_gain) - delta).to(weight.dtype)
+        smallest = min(1.0, self.held_gain.abs().min().item())
+        return base, 2 * _bound(weight, base, delta.dtype) / smallest
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor, A: Tensor, B: Tensor) -> None:
+        """V is the weight over the gain that it holds; with V' a step on, the weight is V' times the new gain."""
+        dtype = torch.promote_types(self.held_gain.dtype, weight.dtype)
+        V = (weight.to(dtype) / self.by_rows(self.held_gain)).contiguous()
+        matrix = self.as_matrix(V)
+        with torch.autocast(weight.device.type, enabled=False):
+            self.add_step(matrix, *(factor.to(dtype) for factor in (A, B, *self.factors())))
+        self.held_gain.copy_(self._over(torch.linalg.vector_norm(matrix, dim=-1)))
+        self._write(weight, V * self.by_rows(self.held_gain))
+
+    def without_increment(self, weight: Tensor) -> dict[str, Tensor]:
+        norms = torch.linalg.vector_norm(self.as_matrix(weight).to(self.magnitude.dtype), dim=-1)
+        state = {**super().without_increment(weight), "magnitude": norms}
+        return {**state, "held_gain": torch.ones_like(norms)} if self.holds else state
+
+    def state(self, weight: Tensor) -> dict[str, Any]:
+        state = super().state(weight)
+        return state if self.holds else {**state, "held_gain": self.gain(weight).detach()}
