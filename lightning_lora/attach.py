@@ -1,36 +1,55 @@
-"""Keeps weights that hold their increment in step with the factors, whoever runs the training loop."""
+"""What follows an optimizer's step, whoever runs the training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_lora.inject import Place, adapters, places
+from lightning_lora import shards
+from lightning_lora.adapters import Adapter
+from lightning_lora.inject import Injection, Place, adapters, places
+from lightning_lora.options import Options
+from lightning_lora.resample import check_moments, draw_anew, warn_of_decay
+
+_FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+"""Adapter -> the optimizers whose steps it follows."""
 
 
 class Handle:
     """Undoes :func:`attach`."""
 
-    def __init__(self, removables: list[Any]) -> None:
-        self._removables = removables
+    def __init__(self, optimizer: Optimizer, followers: list[Follower], hooks: list[Any]) -> None:
+        self._optimizer = optimizer
+        self._followers = followers
+        self._hooks = hooks
 
     def remove(self) -> None:
         """Takes the hooks off the optimizer."""
-        for removable in self._removables:
-            removable.remove()
-        self._removables = []
+        for hook in self._hooks:
+            hook.remove()
+        for follower in self._followers:
+            _FOLLOWED[follower.adapter].discard(self._optimizer)
+        self._hooks, self._followers = [], []
 
 
 def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
-    """Applies the increments of ``module`` after each real step of ``optimizer``.
+    """Does what the adapters of ``module`` ask for after each real step of ``optimizer``.
 
-    For Fabric and plain torch; with a Trainer, :class:`~lightning_lora.LoRA` does it. Only ``gradient="merged"`` and
-    ``"projected"`` need it: there W = W0 + increment at all times, so a step that takes A and B to A' and B' takes W to
-    W + increment' - increment (seed, "Optimization Perspective"). A step that a GradScaler skips is no step.
+    For Fabric and plain torch; with a Trainer, :class:`~lightning_lora.LoRA` does it. Three options need it:
+
+    - ``gradient="merged"`` and ``"projected"``, where W = W0 + increment at all times: a step that takes A and B to A'
+      and B' takes W to W + increment' - increment (seed, "Optimization Perspective").
+    - ``lr_ratio``: B goes that many times as far as the optimizer took it, which is what a larger learning rate does
+      for every optimizer whose steps are proportional to it; parameter groups and schedulers are left alone.
+    - ``resample_every_n_steps``: after every so many steps the projections are drawn anew.
+
+    A step that a GradScaler skips is no step.
 
     Args:
         module: One that has been through :func:`~lightning_lora.inject`.
@@ -42,28 +61,33 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
     Raises:
         ValueError: If ``optimizer`` has no factor of any adapter of ``module``.
         MisconfigurationException: If ``optimizer`` calls its closure more than once for a step, as LBFGS does: it
-            would see weights that are out of step with the factors.
+            would see weights that are out of step with the factors. If factors that are drawn together are in two
+            optimizers, or their moments cannot be treated as ``resample_moments`` says. If it is attached already.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     owned = {p for group in optimizer.param_groups for p in group["params"]}
-    if not any(p in owned for adapter in adapters(module).values() for p in adapter.parameters()):
+    if not any(p in owned for adapter in adapters(module).values() for p in adapter.trained.values()):
         raise ValueError(
             f"{type(optimizer).__name__} has no adapter of {type(module).__name__}. Call `inject` first, and give the"
             " optimizer the parameters that require gradients."
         )
-    unique = {id(place.adapter): place for place in places(module) if place.host.holds_increment}.values()
-    held = [place for place in unique if place.adapter.A in owned or place.adapter.B in owned]
-    if not held:
-        return Handle([])
-    if isinstance(optimizer, LBFGS):
-        raise MisconfigurationException(
-            "LBFGS computes the loss several times for a step, and the weight of"
-            f" {held[0].name!r} follows its adapter only between steps. Use `gradient='factored'` with LBFGS."
-        )
-    before: list[tuple[Place, Tensor, Tensor]] = []
+    followers = [
+        Follower(place, options)
+        for place, options in _places_with_options(module)
+        if any(p in owned for p in place.adapter.trained.values())
+        and (place.host.holds_increment or options.lr_ratio is not None)
+    ]
+    for follower in followers:
+        follower.check(optimizer, owned)
+    if not followers:
+        return Handle(optimizer, [], [])
+    for follower in followers:
+        _FOLLOWED.setdefault(follower.adapter, weakref.WeakSet()).add(optimizer)
 
     def remember(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before[:] = [(p, p.adapter.A.detach().clone(), p.adapter.B.detach().clone()) for p in held]
+        shards.reshard(module)
+        for follower in followers:
+            follower.remember()
         if len(args) > 1 and args[1] is not None:  # the first is the optimizer itself
             return (args[0], _once(args[1]), *args[2:]), kwargs
         if kwargs.get("closure") is not None:
@@ -71,11 +95,84 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
         return None
 
     def follow(*_: Any) -> None:
-        for place, A, B in before:
-            place.adapter.follow(place.weight, A, B)
-        before.clear()
+        skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler for a fused optimizer, which skips inside
+        if skipped is None or not skipped.item():
+            for follower in followers:
+                follower.follow(optimizer)
 
-    return Handle([optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(follow)])
+    hooks = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(follow)]
+    return Handle(optimizer, followers, hooks)
+
+
+class Follower:
+    """An adapter whose optimizer's steps have consequences."""
+
+    def __init__(self, place: Place, options: Options) -> None:
+        self.place = place
+        self.adapter = place.adapter
+        self.options = options
+        self._before: tuple[Tensor, ...] = ()
+        self._B = place.adapter.B.detach()
+
+    def check(self, optimizer: Optimizer, owned: set[Tensor]) -> None:
+        """Raises ``MisconfigurationException`` if ``optimizer`` cannot be followed."""
+        if isinstance(optimizer, LBFGS):
+            raise MisconfigurationException(
+                "LBFGS computes the loss several times for a step, and the weight of"
+                f" {self.place.name!r} follows its adapter only between steps. Use `gradient='factored'` with LBFGS,"
+                " and no `lr_ratio`."
+            )
+        if self.options.lr_ratio is not None and "B" in self.adapter.fixed:
+            raise MisconfigurationException(
+                f"`lr_ratio={self.options.lr_ratio}` is the learning rate of B over that of A, and"
+                f" `decomposition={self.options.decomposition!r}` does not train B. Leave it out."
+            )
+        followed = _FOLLOWED.get(self.adapter, ())
+        if optimizer in followed:
+            raise MisconfigurationException(
+                f"The adapter of {self.place.name!r} is attached to this {type(optimizer).__name__} already, and would"
+                " follow each step twice. Call `remove()` on the handle first."
+            )
+        if self.adapter.resample is not None:
+            check_moments(optimizer, self.options.resample_moments)
+            if self.adapter.resample == "both":
+                warn_of_decay(optimizer, set(self.adapter.trained.values()))
+            if followed or not all(p in owned for p in self.adapter.trained.values()):
+                raise MisconfigurationException(
+                    f"A and B of {self.place.name!r} are in two optimizers, and they are drawn anew together. Give both"
+                    " to one."
+                )
+
+    def remember(self) -> None:
+        """Keeps what it takes to follow a step."""
+        if self.place.host.holds_increment:
+            self._before = self.adapter.held()
+        if self.options.lr_ratio is not None:
+            self._B = self.adapter.B.detach().clone()
+
+    @torch.no_grad()
+    def follow(self, optimizer: Optimizer) -> None:
+        """The step has been taken."""
+        if self.options.lr_ratio is not None:
+            self.adapter.B.copy_(self._B + self.options.lr_ratio * (self.adapter.B - self._B))
+        if self.place.host.holds_increment:
+            self.adapter.follow(self.place.weight, *self._before)
+        if (every := self.options.resample_every_n_steps) is not None:
+            self.adapter.steps += 1
+            if self.adapter.steps % every == 0:
+                draw_anew(self.adapter, optimizer, self.options.resample_moments)
+        self._before = ()
+
+
+def _places_with_options(module: nn.Module) -> Iterator[tuple[Place, Options]]:
+    """One place of every adapter."""
+    done: set[Adapter] = set()
+    for owner in module.modules():
+        if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
+            for place in places(owner):
+                if place.adapter not in done:
+                    done.add(place.adapter)
+                    yield place, injection.options
 
 
 def _once(closure: Callable[[], Any]) -> Callable[[], Any]:

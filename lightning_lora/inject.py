@@ -10,18 +10,21 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_lora import targets
-from lightning_lora.adapters import Adapter
+from lightning_lora import shards, targets
+from lightning_lora.adapters import DECOMPOSITIONS, Adapter
 from lightning_lora.hosts import (
     Host,
     ParameterHost,
+    Swapped,
     is_transposed,
     read_names,
     stacks,
+    storage_of,
     swap,
     unswap,
     zero_factor,
 )
+from lightning_lora.hosts.quantized import REWRITES, storages
 from lightning_lora.options import Options
 
 
@@ -39,6 +42,8 @@ class Injection:
     """Parameters that were not trainable and are now."""
     unnested: list[str]
     """``nn.TransformerEncoder``s whose use of nested tensors, a fast path round the adapters, was turned off."""
+    kept: list[str]
+    """Quantised layers that are not to be rewritten in an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,11 @@ def inject(module: nn.Module, **options: Any) -> list[str]:
         MisconfigurationException: If ``module`` has adapters already, or a target cannot carry one.
         In each case ``module`` is as it was.
     """
+    if options.get("init") == "gradient":
+        raise ValueError(
+            "`init='gradient'` needs batches to compute gradients of, which `inject` has not. Use the `LoRA` callback,"
+            " or another `init`."
+        )
     return inject_options(module, Options(**options)).adapted
 
 
@@ -86,77 +96,122 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             " `merge` it before injecting again."
         )
     found = targets.resolve(module, options)
+    if parts := [target.name for target in found.adapted if shards.is_part(target.weight)]:
+        raise MisconfigurationException(
+            f"The weight of {parts[0]!r} is sharded already, and an adapter has to be sharded with it. Call"
+            " `lightning_lora.inject` in `configure_model`, with the options of the callback, before `fully_shard`."
+        )
+    owners: dict[str, list[targets.Target]] = {}
+    for target in found.adapted:
+        owners.setdefault(target.owner, []).append(target)
+    by_parameter = {owner for owner, own in owners.items() if any(target.mixin is ParameterHost for target in own)}
     made: dict[str, Adapter] = {}
     for target in found.adapted:
         if target.name not in made:
-            made[target.name] = _make(target, options)
+            holds = target.owner in by_parameter or target.mixin.holds_increment
+            tied = sum(other.name == target.name for other in found.adapted) > 1  # an output head trains the padding
+            padding_idx = None if tied else getattr(target.module, "padding_idx", None)
+            made[target.name] = _make(target, options, holds, padding_idx)
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    hosts = {target.module for target in found.adapted}
-    encoders = {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.TransformerEncoder) and not hosts.isdisjoint(child.modules())
-    }
+    for owner, own in owners.items():
+        host = own[0].module
+        if owner in by_parameter:
+            host.lora = nn.ModuleDict({target.parameter: made[target.name] for target in own})
+            swap(host, ParameterHost, read_names(host, [target.parameter for target in own]))
+        else:
+            host.lora = made[own[0].name]
+            swap(host, own[0].mixin)
     injection = Injection(
         options=options,
         adapted=list(made),
         trained=found.trained,
         frozen=[name for name, flag in flags.items() if flag and name not in found.trained],
         thawed=[name for name in found.trained if not flags[name]],
-        unnested=[name for name, encoder in encoders.items() if encoder.use_nested_tensor],
+        unnested=[
+            name
+            for name, child in module.named_modules()
+            if isinstance(child, nn.TransformerEncoder) and child.use_nested_tensor and not _may_nest(child)
+        ],
+        kept=[name for name, child in module.named_modules() if child.__dict__.get(REWRITES)],
     )
-
-    owners: dict[str, list[targets.Target]] = {}
-    for target in found.adapted:
-        owners.setdefault(target.owner, []).append(target)
-    for own in owners.values():
-        host = own[0].module
-        if any(target.mixin is ParameterHost for target in own):
-            host.lora = nn.ModuleDict({target.parameter: made[target.name] for target in own})
-            swap(host, ParameterHost, read_names(host, [target.parameter for target in own]))
-        else:
-            host.lora = made[own[0].name]
-            swap(host, own[0].mixin)
     _set_flags(module, injection, adapted=True)
     module.lora_injection = injection  # type: ignore[assignment]
     return injection
 
 
-def _make(target: targets.Target, options: Options) -> Adapter:
-    return Adapter.initial(
-        target.weight,
+def _may_nest(encoder: nn.TransformerEncoder) -> bool:
+    """Whether ``encoder`` may use nested tensors, of which only the fast path of its layers makes sense.
+
+    It asks the weights of its first layer alone whether all layers will take that path.
+    """
+    hosts = [child for child in encoder.modules() if isinstance(child, Host)]
+    first = any(isinstance(child, ParameterHost) for child in encoder.layers[0].modules())
+    return not hosts or (first and all(host.holds_increment for host in hosts))
+
+
+def _make(target: targets.Target, options: Options, holds: bool, padding_idx: int | None) -> Adapter:
+    stored = storage_of(target.module)
+    return DECOMPOSITIONS[options.decomposition].initial(
+        target.weight if stored is None else stored.dequantized(),
         options.rank_of(target.name),
         options.seed,
         target.name,
         options.dtype,
         stacked=stacks(target.module, target.weight),
+        init=options.init,
         scale=options.scale_of(target.name),
         dropout=options.dropout,
         transposed=is_transposed(target.module),
         zero=zero_factor(target.module),
+        holds=holds,
+        padding_idx=padding_idx,
+        resample=None if options.resample_every_n_steps is None else options.resample,
     )
 
 
 def merge(module: nn.Module) -> None:
     """Folds every increment into its weight and makes ``module`` plain again: classes, keys, ``requires_grad``.
 
+    A quantised weight cannot hold its increment. Its layer becomes a :class:`torch.nn.Linear`, with the merged weight
+    in the dtype of the rest of the model; it stays quantised where the increment is zero.
+
     Args:
-        module: One that has adapters, injected into it or into modules inside it.
+        module: One that has adapters, injected into it or into modules inside it. Where it is sharded, all processes
+            call this together.
 
     Raises:
         ValueError: If ``module`` has no adapters.
     """
     if not adapters(module):
         raise ValueError(f"{type(module).__name__} has no adapters to merge.")
+    sharded = shards.is_sharded(module)
+    shards.reshard(module)
     found = list({id(place.adapter): place for place in places(module)}.values())
-    hosts = [child for child in module.modules() if isinstance(child, Host)]
+    stored = storages(module)
     with torch.no_grad():
         for place in found:
-            if not place.host.holds_increment:
+            if place.host.holds_increment or place.key in stored:
+                continue
+            if sharded:
+                _fold_whole(place)
+            else:
                 place.weight.copy_(place.adapter.folded_into(place.weight))
-    for host in hosts:
-        unswap(host)
-        del host.lora
+    take_out(module)
+    for place in found:
+        if place.key in stored and place.adapter.delta_weight().any():
+            stored[place.key].make_plain(place.adapter.folded_into(stored[place.key].dequantized()))
+
+
+def _fold_whole(place: Place) -> None:
+    """Folds a sharded increment into its sharded weight as it would be folded into a file."""
+    weight, tensors = shards.Whole({"": place.weight}), shards.Whole(place.adapter.state_dict())
+    weight[""] = place.adapter.with_tensors(tensors).folded_into(weight[""])
+
+
+def take_out(module: nn.Module) -> None:
+    """Makes ``module`` plain again with its weights as they stand: classes, keys, ``requires_grad``."""
+    for child in [child for child in module.modules() if isinstance(child, Swapped)]:
+        unswap(child)
     for owner in module.modules():
         if (injection := owner.__dict__.pop("lora_injection", None)) is not None:
             _set_flags(owner, injection, adapted=False)
@@ -191,6 +246,23 @@ def places(module: nn.Module, remove_duplicate: bool = False) -> Iterator[Place]
                 )
 
 
+def merging_errors(module: nn.Module) -> dict[str, tuple[float, float]]:
+    """What :func:`merge` rounds off quantised layers: name -> the largest error of an entry, and the mean.
+
+    Between the weight that the layer runs with, dequantised W0 + increment in float32, and the merged weight in the
+    dtype of the rest of the model. Zero where that is float32; nothing is quantised again. Layers whose increment is
+    zero stay as they are, and are left out.
+    """
+    stored = storages(module)
+    errors: dict[str, tuple[float, float]] = {}
+    for place in places(module):
+        if place.key in stored and place.adapter.delta_weight().any():
+            weight = place.adapter.folded_into(stored[place.key].dequantized())
+            error = (weight - weight.to(stored[place.key].dtype).to(weight.dtype)).abs()
+            errors[place.name] = error.max().item(), error.mean().item()
+    return errors
+
+
 def injections(module: nn.Module) -> Iterator[Injection]:
     """What :func:`inject` did to ``module`` and to modules inside it."""
     for owner in module.modules():
@@ -214,12 +286,31 @@ def trained_besides(module: nn.Module) -> list[str]:
     return [name for name, p in named if p in chosen or (p.requires_grad and p not in factors)]
 
 
+def trained_without(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the base that would be trained if there were no adapters, by name."""
+    frozen, thawed = set(), set()
+    for owner in module.modules():
+        if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
+            frozen |= {_parameter(owner, name) for name in injection.frozen}
+            thawed |= {_parameter(owner, name) for name in injection.thawed}
+    factors = {p for adapter in adapters(module).values() for p in adapter.parameters()}
+    named = module.named_parameters()
+    return {name: p for name, p in named if p in frozen or (p.requires_grad and p not in thawed and p not in factors)}
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    owner, _, key = name.rpartition(".")
+    parameter = module.get_submodule(owner)._parameters[key]  # the attribute may be a property
+    assert parameter is not None
+    return parameter
+
+
 def _set_flags(module: nn.Module, injection: Injection, adapted: bool) -> None:
     for names, flag in ((injection.frozen, not adapted), (injection.thawed, adapted)):
         for name in names:
-            owner, _, key = name.rpartition(".")
-            parameter = module.get_submodule(owner)._parameters[key]  # the attribute may be a property
-            assert parameter is not None
-            parameter.requires_grad_(flag)
+            _parameter(module, name).requires_grad_(flag)
     for name in injection.unnested:
         setattr(module.get_submodule(name), "use_nested_tensor", not adapted)  # noqa: B010
+    for name in injection.kept:
+        if REWRITES in (layer := module.get_submodule(name)).__dict__:
+            setattr(layer, REWRITES, not adapted)

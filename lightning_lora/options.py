@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
+from lightning_lora.adapters import DECOMPOSITIONS, INITS, is_init
+
 GRADIENTS = ("factored", "merged", "projected")
 BIASES = ("none", "all", "lora_only")
+RESAMPLES = ("both", "A")
+RESAMPLE_MOMENTS = ("transfer", "reset", "keep")
 CHECKPOINTS = ("merged", "adapter")
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -71,20 +75,26 @@ class Options:
     use_rslora: bool = False
     bias: str = "none"
     dropout: float = 0.0
+    decomposition: str = "product"
+    init: str = "zero"
     gradient: str = "factored"
+    resample_every_n_steps: int | None = None
+    resample: str = "both"
+    resample_moments: str = "transfer"
+    lr_ratio: float | None = None
     adapter_dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_rank("rank", self.rank)
+        check_count("rank", self.rank)
         if self.alpha is not None:
-            _check_alpha("alpha", self.alpha)
+            _check_positive("alpha", self.alpha)
         for option in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
             _check_rule(option, getattr(self, option))
         for key, rank in _pattern("rank_pattern", self.rank_pattern).items():
-            check_rank(f"rank_pattern[{key!r}]", rank)
+            check_count(f"rank_pattern[{key!r}]", rank)
         for key, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+            _check_positive(f"alpha_pattern[{key!r}]", alpha)
         check_choice("bias", self.bias, BIASES)
         check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
@@ -97,8 +107,61 @@ class Options:
                 f"`dropout={self.dropout}` needs `gradient='factored'`, got {self.gradient!r}: where the weight holds"
                 " the increment, the increment has no input of its own."
             )
+        if self.lr_ratio is not None:
+            _check_positive("lr_ratio", self.lr_ratio)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"`seed` must be an int, got {self.seed!r}.")
+        self._check_decomposition()
+        self._check_resampling()
+
+    def _check_decomposition(self) -> None:
+        check_choice("decomposition", self.decomposition, tuple(DECOMPOSITIONS))
+        if not is_init(self.init):
+            check_choice("init", self.init, INITS)
+        if self.init != "zero" and not DECOMPOSITIONS[self.decomposition].has_inits:
+            raise ValueError(
+                f"`init={self.init!r}` cannot be combined with `decomposition={self.decomposition!r}`: its gradients do"
+                " not depend on where it starts. Leave `init` at 'zero', or use `decomposition='product'`."
+            )
+
+    def _check_resampling(self) -> None:
+        check_choice("resample", self.resample, RESAMPLES)
+        check_choice("resample_moments", self.resample_moments, RESAMPLE_MOMENTS)
+        k = self.resample_every_n_steps
+        if k is None:
+            for option, default in (("resample", "both"), ("resample_moments", "transfer")):
+                if getattr(self, option) != default:
+                    raise ValueError(
+                        f"`{option}={getattr(self, option)!r}` has no effect without `resample_every_n_steps`. Give the"
+                        " number of steps after which the projections are drawn anew, such as 1."
+                    )
+            return
+        check_count("resample_every_n_steps", k)
+        if self.gradient == "factored":
+            raise ValueError(
+                "`resample_every_n_steps` needs `gradient='merged'` or 'projected', got 'factored': at each draw the"
+                " increment is folded into the weight, which 'factored' keeps as it was pretrained."
+            )
+        if not DECOMPOSITIONS[self.decomposition].has_projections:
+            raise ValueError(
+                f"`resample_every_n_steps` needs random projections, and `decomposition={self.decomposition!r}` has"
+                " none that can be drawn anew. Use `decomposition='product'`."
+            )
+        if self.init != "zero":
+            raise ValueError(
+                f"`init={self.init!r}` cannot be combined with `resample_every_n_steps`, whose first draw is the start."
+                " Leave `init` at 'zero'."
+            )
+        if self.resample == "both" and self.dtype.itemsize < 4:
+            raise ValueError(
+                f"`adapter_dtype={self.adapter_dtype!r}` cannot be combined with `resample='both'`: next to drawn"
+                " numbers most steps are lost to rounding. Use 'float32', or `resample='A'`."
+            )
+        if self.resample == "A" and self.lr_ratio is not None:
+            raise ValueError(
+                f"`lr_ratio={self.lr_ratio}` is the learning rate of B over that of A, and with `resample='A'` A is not"
+                " trained. Leave it out."
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,18 +202,18 @@ def check_choice(option: str, given: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"`{option}` must be one of {', '.join(map(repr, allowed))}, got {given!r}.{hint}")
 
 
-def check_rank(option: str, rank: Any) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"`{option}` must be an int of at least 1, got {rank!r}.")
+def check_count(option: str, count: Any) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"`{option}` must be an int of at least 1, got {count!r}.")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_alpha(option: str, alpha: Any) -> None:
-    if not _is_number(alpha) or not 0 < alpha < math.inf:
-        raise ValueError(f"`{option}` must be a positive, finite number, got {alpha!r}.")
+def _check_positive(option: str, given: Any) -> None:
+    if not _is_number(given) or not 0 < given < math.inf:
+        raise ValueError(f"`{option}` must be a positive, finite number, got {given!r}.")
 
 
 def _check_rule(option: str, rule: Any) -> None:

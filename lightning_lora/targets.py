@@ -10,15 +10,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_lora.adapters import DECOMPOSITIONS
 from lightning_lora.hosts import (
     SUPPORTED,
     Host,
     ParameterHost,
     is_linear_like,
     is_supported,
+    is_transposed,
     layer_host,
     own_matrices,
     stacks,
+    storage_of,
 )
 from lightning_lora.options import Options, Rule, matches, matches_pattern, matches_suffix, nearest
 
@@ -43,6 +46,8 @@ class Target:
     @property
     def sides(self) -> tuple[int, int]:
         """(m, n) of the matrix, as it is stored."""
+        if (stored := storage_of(self.module)) is not None:
+            return stored.shape
         return tuple((self.weight if stacks(self.module, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
 
 
@@ -89,7 +94,10 @@ def resolve(root: nn.Module, options: Options) -> Targets:
     _check_twice(found)
     for target in found:
         _check_weight(target)
+        _check_quantized(target, options)
         _check_rank(target, options.rank_of(target.name))
+        m, n = reversed(target.sides) if is_transposed(target.module) else target.sides
+        DECOMPOSITIONS[options.decomposition].check_shape(target.name, m, n, options.rank_of(target.name), options.init)
         if options.dropout and target.mixin.holds_increment:
             raise ValueError(
                 f"`dropout={options.dropout}` cannot be applied to {target.name!r}, a {type(target.module).__name__},"
@@ -108,13 +116,15 @@ def _layers(root: nn.Module, options: Options, modules: dict[str, nn.Module]) ->
         chosen = {name: module for name, module in modules.items() if matches(name, rule)}
     for name, module in chosen.items():
         _check_layer(name, module, options.gradient)
+        rescales = DECOMPOSITIONS[options.decomposition].rescales
         for parameter in own_matrices(module):
             yield Target(f"{name}.{parameter}", name, module, parameter, ParameterHost)
         if isinstance(module, nn.MultiheadAttention):
             if f"{name}.out_proj" not in chosen:
                 yield Target(f"{name}.out_proj", f"{name}.out_proj", module.out_proj, "weight", ParameterHost)
         elif not own_matrices(module):
-            yield Target(name, name, module, "weight", layer_host(module, options.gradient) or ParameterHost)
+            mixin = layer_host(module, options.gradient, rescales) or ParameterHost
+            yield Target(name, name, module, "weight", mixin)
 
 
 def _parameters(root: nn.Module, options: Options) -> Iterable[Target]:
@@ -232,10 +242,35 @@ def _check_weight(target: Target) -> None:
         raise MisconfigurationException(
             f"The weight of {name!r} ({kind}) is sharded already. Sharded modules are not supported."
         )
-    if weight.dim() < 2 or not weight.is_floating_point():
+    if (weight.dim() < 2 or not weight.is_floating_point()) and storage_of(target.module) is None:
         raise MisconfigurationException(
             f"The weight of {name!r} ({kind}) is stored as {weight.dtype} in the shape {tuple(weight.shape)}."
-            " Quantised weights are not supported."
+            " Of quantised weights, those of bitsandbytes' `Linear8bitLt` and `Linear4bit` are supported, and torchao's"
+            " in a Linear."
+        )
+
+
+def _check_quantized(target: Target, options: Options) -> None:
+    """What needs a weight that can be written to, or have a gradient, cannot be had of a quantised one."""
+    if (stored := storage_of(target.module)) is None:
+        return
+    what = f"The weight of {target.name!r} ({type(target.module).__name__}) is quantised ({stored.name})"
+    if (trouble := stored.trouble()) is not None:
+        raise MisconfigurationException(f"The weight of {target.name!r} ({type(target.module).__name__}) {trouble}.")
+    if DECOMPOSITIONS[options.decomposition].rescales:
+        raise MisconfigurationException(
+            f"{what}, and `decomposition={options.decomposition!r}` would dequantise it in every step for the norms of"
+            " its rows. Use `decomposition='product'` or 'additive'."
+        )
+    if target.mixin.holds_increment:
+        given = f"`gradient={options.gradient!r}`" if options.gradient != "factored" else "`target_parameters`"
+        raise MisconfigurationException(
+            f"{what} and cannot hold an increment, as {given} asks. Use `gradient='factored'` and name it in"
+            " `target_modules`."
+        )
+    if options.init == "gradient":
+        raise MisconfigurationException(
+            f"{what} and has no gradient, which `init='gradient'` starts from. Use `init='pissa'`, or another."
         )
 
 
@@ -296,6 +331,12 @@ def _trained_besides(root: nn.Module, options: Options, found: list[Target]) -> 
     trained = [name for name, _ in root.named_parameters() if is_trained(name)]
     for name in trained:
         parameter = root.get_parameter(name)
+        owner, _, key = name.rpartition(".")
+        if key == "weight" and (stored := storage_of(root.get_submodule(owner))) is not None:
+            raise MisconfigurationException(
+                f"{name!r} is quantised ({stored.name}) and cannot be trained in full, as `modules_to_save` asks. Keep"
+                " that module out of the quantisation, or let it have an adapter."
+            )
         if not parameter.is_floating_point():
             raise MisconfigurationException(f"{name!r} is {parameter.dtype} and cannot be trained.")
         if parameter in adapted:

@@ -15,6 +15,7 @@ from lightning_lora.hosts.choose import (
 )
 from lightning_lora.hosts.host import Host
 from lightning_lora.hosts.parameter import ParameterHost, read_names
+from lightning_lora.hosts.quantized import storage_of
 from lightning_lora.hosts.swap import Swapped, swap, unswap
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "own_matrices",
     "read_names",
     "stacks",
+    "storage_of",
     "swap",
     "unswap",
     "zero_factor",

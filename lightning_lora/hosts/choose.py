@@ -11,6 +11,7 @@ from lightning_lora.hosts.conv import FactoredConvHost, MergedConvHost
 from lightning_lora.hosts.embedding import FactoredEmbeddingHost, MergedEmbeddingHost
 from lightning_lora.hosts.host import LayerHost
 from lightning_lora.hosts.linear import FusedConv1DHost, FusedLinearHost, LinearHost, MergedLinearHost
+from lightning_lora.hosts.quantized import QuantizedLinearHost, storage_of
 
 SUPPORTED = (
     "torch.nn.Linear and its subclasses, nn.Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, RNN, LSTM and GRU,"
@@ -40,9 +41,15 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or _is_conv1d(module)
 
 
-def zero_factor(module: nn.Module) -> str:
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` is of a subclass that does something else than its supported base."""
+    bases = (nn.Linear, *CONVOLUTIONS, nn.Embedding, _conv1d())
+    return not any(base is not None and type(module).forward is base.forward for base in bases)
+
+
+def zero_factor(module: nn.Module) -> tuple[str]:
     """Which factor starts at zero, as in PEFT: A for embeddings, B elsewhere."""
-    return "A" if isinstance(module, nn.Embedding) else "B"
+    return ("A",) if isinstance(module, nn.Embedding) else ("B",)
 
 
 def own_matrices(module: nn.Module) -> list[str]:
@@ -63,14 +70,20 @@ def is_supported(module: nn.Module) -> bool:
     return is_linear_like(module) or isinstance(module, layers)
 
 
-def layer_host(module: nn.Module, gradient: str) -> type[LayerHost] | None:
+def layer_host(module: nn.Module, gradient: str, rescales: bool = False) -> type[LayerHost] | None:
     """The mixin that carries an adapter for the weight of ``module``; None where only its parameters can be adapted.
 
-    The output projection of a MultiheadAttention is a Linear that is never called: its parent reads its weight.
+    The output projection of a MultiheadAttention is a Linear that is never called: its parent reads its weight. Where
+    the increment ``rescales`` the weight, thin products of X and dY do not give the gradient of the gain, and what a
+    forward of the module's own adds to the layer's output is not to be rescaled.
     """
     if gradient == "projected" or isinstance(module, NonDynamicallyQuantizableLinear):
         return None
+    if rescales and (gradient == "merged" or _has_own_forward(module)):
+        return None
     factored = gradient == "factored"
+    if factored and storage_of(module) is not None:
+        return QuantizedLinearHost
     if is_linear_like(module):
         if not factored:
             return MergedLinearHost

@@ -41,12 +41,14 @@ class FactoredConvHost(_ConvHost):
 
     def forward(self, input: Tensor) -> Tensor:
         x = F.dropout(input, self.lora.dropout, self.training)
-        A, B = self.lora.A.to(x.dtype), self.lora.B.to(x.dtype)
+        A, B = (factor.to(x.dtype) for factor in self.lora.increment())
         y, z = super().forward(input), self.down(x, A)
         if self.groups == 1 and y.dim() == len(self.lora.shape) and y.is_contiguous() and y.dtype == B.dtype:
             ups = B.T.expand(y.shape[0], -1, -1)  # a matrix product for each image, summed to y as it is formed
-            return torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale).view(y.shape)
-        return y + self.up(z, B)
+            y = torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale).view(y.shape)
+        else:
+            y = y + self.up(z, B)
+        return self.rescaled(y, channel=1 - len(self.lora.shape))
 
 
 class MergedConvHost(_ConvHost):

@@ -17,6 +17,10 @@ class _EmbeddingHost(LayerHost):
         """Z, (..., r), for the indices ``x`` (...) and ``A`` (r, n)."""
         return F.embedding(x, A.T, self.padding_idx)
 
+    def up(self, z: Tensor, B: Tensor) -> Tensor:
+        """What is added to the output, (..., m), for ``B`` (r, m)."""
+        return self.lora.scale * (z @ B)
+
 
 class FactoredEmbeddingHost(_EmbeddingHost):
     """An embedding whose increment is computed beside it."""
@@ -25,8 +29,8 @@ class FactoredEmbeddingHost(_EmbeddingHost):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        z = self.down(input, self.lora.A.to(y.dtype))
-        return y + self.lora.scale * (z @ self.lora.B.to(y.dtype)).to(y.dtype)
+        A, B = (factor.to(y.dtype) for factor in self.lora.increment())
+        return self.rescaled(y + self.up(self.down(input, A), B).to(y.dtype))
 
 
 class MergedEmbeddingHost(_EmbeddingHost):

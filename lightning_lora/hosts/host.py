@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.hosts.swap import Swapped
@@ -15,6 +15,7 @@ from lightning_lora.hosts.swap import Swapped
 class Host(Swapped):
     """A module that carries adapters in its child ``lora``."""
 
+    attribute = "lora"
     lora: nn.Module
     holds_increment: ClassVar[bool]
     """Whether the module's weight is W = W0 + increment, to be kept so after each step; else it is W0, frozen."""
@@ -30,11 +31,11 @@ class Host(Swapped):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A plain state has the weight, which is then the whole weight, and no adapter: the increment becomes zero."""
         for parameter, adapter in self.adapted().items():
-            keys = {factor: f"{prefix}{self.factors(parameter)}{factor}" for factor in "AB"}
-            if f"{prefix}{parameter}" in state_dict and not any(key in state_dict for key in keys.values()):
-                for factor, key in keys.items():
-                    value = getattr(adapter, factor).detach()
-                    state_dict[key] = torch.zeros_like(value) if factor == adapter.zero else value
+            before = f"{prefix}{self.factors(parameter)}"
+            names = adapter.state_dict()
+            if f"{prefix}{parameter}" in state_dict and not any(f"{before}{name}" in state_dict for name in names):
+                for name, value in adapter.without_increment(state_dict[f"{prefix}{parameter}"]).items():
+                    state_dict[f"{before}{name}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -48,3 +49,15 @@ class LayerHost(Host):
 
     def factors(self, parameter: str) -> str:
         return "lora."
+
+    def rescaled(self, y: Tensor, channel: int = -1) -> Tensor:
+        """``y``, the layer's output with the increment, as it is when the weight is rescaled by the adapter's gain."""
+        if (gain := self.lora.gain(cast(Tensor, self.weight))) is None:
+            return y
+        sides = [1] * y.dim()
+        sides[channel] = -1
+        bias = self._parameters.get("bias")
+        gain = gain.view(sides)
+        # in the dtype of the gain: in bfloat16 those near 1 would be 1. Where it is 1, y stays as it is, bit for bit.
+        scaled = y * gain if bias is None else torch.addcmul((1 - gain) * bias.view(sides), y, gain)
+        return scaled.to(y.dtype)

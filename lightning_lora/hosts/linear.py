@@ -17,7 +17,8 @@ class LinearHost(LayerHost):
     holds_increment = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return factored.add(super().forward(*args, **kwargs), _first(args, kwargs), self.lora, self.training)
+        y = factored.add(super().forward(*args, **kwargs), _first(args, kwargs), self.lora, self.training)
+        return self.rescaled(y)
 
 
 class FusedLinearHost(LinearHost):
@@ -27,7 +28,7 @@ class FusedLinearHost(LinearHost):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        return factored.linear(input, self.weight, self.bias, self.lora, self.training)
+        return self.rescaled(factored.linear(input, self.weight, self.bias, self.lora, self.training))
 
 
 class FusedConv1DHost(LinearHost):
@@ -37,7 +38,7 @@ class FusedConv1DHost(LinearHost):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return factored.linear(x, self.weight.T, self.bias, self.lora, self.training)
+        return self.rescaled(factored.linear(x, self.weight.T, self.bias, self.lora, self.training))
 
 
 class MergedLinearHost(LayerHost):

@@ -12,6 +12,8 @@ from torch import nn
 class Swapped(nn.Module):
     """Base of the mixins that :func:`swap` puts before a module's own class."""
 
+    attribute: ClassVar[str]
+    """What an instance has besides, as long as it is one."""
     base_class: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Swapped]]
     read: ClassVar[tuple[str, ...]]
@@ -34,8 +36,19 @@ def swap(module: nn.Module, mixin: type[Swapped], read: tuple[str, ...] = ()) ->
 
 
 def unswap(module: Swapped) -> None:
-    """Gives ``module`` its own class back."""
-    module.__class__ = module.base_class  # type: ignore[assignment]
+    """Gives ``module`` its own class back, and takes the mixin's attribute from it."""
+    delattr(module, module.attribute)
+    module.__class__ = _unswapped_class(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _unswapped_class(cls: Any) -> Any:
+    """``cls`` without the mixin, also where it is made of a swapped class, as by FSDP2's ``fully_shard``."""
+    if "base_class" in vars(cls):
+        return cls.base_class
+    bases = tuple(_unswapped_class(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
+    attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(attributes))
 
 
 @functools.cache

@@ -1,0 +1,74 @@
+"""Draws the projections anew while training, and carries the optimizer's moments over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_lora.adapters import Adapter
+
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+SMALLEST = 0.05
+"""Singular values of a projection below so much of its largest count as zero when it is inverted: a square one, of a
+rank as large as its side, can be nearly singular."""
+
+
+def check_moments(optimizer: Optimizer, moments: str) -> None:
+    """Raises ``MisconfigurationException`` if what ``optimizer`` keeps is not known, so that only a reset is safe."""
+    if moments != "reset" and not isinstance(optimizer, SGD | Adam | AdamW):
+        raise MisconfigurationException(
+            f"`resample_moments={moments!r}` supports SGD, Adam and AdamW, and what {type(optimizer).__name__} keeps"
+            " for each parameter is not known. Use `resample_moments='reset'`."
+        )
+
+
+def warn_of_decay(optimizer: Optimizer, factors: set[nn.Parameter]) -> None:
+    """Warns if ``optimizer`` shrinks ``factors``, both of them drawn."""
+    for group in optimizer.param_groups:
+        if group.get("weight_decay") and not factors.isdisjoint(group["params"]):
+            rank_zero_warn(
+                f"{type(optimizer).__name__} has `weight_decay={group['weight_decay']}`, which shrinks A and B. They"
+                " are random with `resample='both'`, so what it adds to the weights is noise. Use `weight_decay=0`."
+            )
+
+
+@torch.no_grad()
+def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
+    """Draws the factors of ``adapter`` anew, whose increment its weight has kept, and treats the moments of these.
+
+    ``"transfer"``: the gradient of B is s A G^T. With A_new in the place of A, a mean M of such gradients becomes
+
+        M_new = A_new A^+ M,  A^+ = A^T (A A^T)^-1
+
+    which is A_new times the smallest G^T that A takes to M, and likewise for A with B. Flora (Hao et al., 2024) has
+    A_new A^T M, which is n/r times as large. Second moments are replaced by their mean over the r rows: the rows are
+    drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten.
+    """
+    A, B = adapter.A.detach().clone(), adapter.B.detach().clone()
+    adapter.drawn_at = adapter.steps
+    adapter.draw()
+    for factor, old, new in ((adapter.A, B, adapter.B), (adapter.B, A, adapter.A)):
+        if factor not in optimizer.state:
+            continue
+        if moments == "reset":
+            del optimizer.state[factor]
+        elif moments == "transfer":
+            with torch.autocast(factor.device.type, enabled=False):  # which is on in a manual optimization's step
+                _transfer(optimizer.state[factor], old, new)
+
+
+def _transfer(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
+    dtype = torch.promote_types(old.dtype, torch.float32)
+    old, new = old.to(dtype), new.to(dtype)
+    for name in FIRST_MOMENTS:
+        if (moment := state.get(name)) is not None:
+            moment.copy_(new @ torch.linalg.pinv(old, rtol=SMALLEST) @ moment.to(dtype))
+    for name in SECOND_MOMENTS:
+        if (moment := state.get(name)) is not None:
+            moment.copy_(moment.mean(-2, keepdim=True).expand_as(moment))

@@ -1,0 +1,641 @@
+"""Projections drawn anew in real runs: once for each step, and in a run that resumes as in one that was not stopped."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
+from models import (
+    Digest,
+    Net,
+    ResumableLoader,
+    TwoOptimizersNet,
+    batches,
+    data,
+    digest,
+    structure,
+    trainer,
+)
+from resampled_distributed import RUNS, train
+from test_bad_input import refused
+from test_checkpoint import printed_by_a_new_process, read
+from torch import nn
+from torch.utils.data import DataLoader
+from zoo import TIED, ZOO, TiedNet, Zoo
+
+from lightning_lora import LoRA, adapters, attach, inject, merge
+
+HERE = Path(__file__).parent
+FORMS = ["both", "A"]
+HOLDING = ["merged", "projected"]
+PRECISIONS = ["32-true", "bf16-true", "bf16-mixed"]
+
+OPTIMIZERS = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.02),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.005),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, max_iter=3),
+}
+TARGETS = {Zoo: ZOO, TiedNet: TIED}
+
+
+def with_optimizer(model: type[Net], optimizer: str, **kwargs) -> Net:
+    """A model with an optimizer that does not shrink what it has not trained."""
+    made = model(**kwargs)
+    made.configure_optimizers = lambda: OPTIMIZERS[optimizer](made.parameters())  # type: ignore[method-assign]
+    return made
+
+
+class TwoNet(TwoOptimizersNet):
+    """Without decay."""
+
+    def configure_optimizers(self):
+        optimizers = super().configure_optimizers()
+        optimizers[0].param_groups[0]["weight_decay"] = 0.0
+        return optimizers
+
+
+def lora(model=Net, k=1, resample="both", gradient="merged", **options):
+    return LoRA(
+        **{
+            "rank": 2,
+            "alpha": 3,
+            "gradient": gradient,
+            "resample_every_n_steps": k,
+            "resample": resample,
+            **TARGETS.get(model, {}),
+            **options,
+        }
+    )
+
+
+class Draws(Callback):
+    """After each batch: the steps that were counted, and that of the last draw."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.at: list[int] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        counts = {(adapter.steps, adapter.drawn_at) for adapter in adapters(pl_module).values()}
+        ((steps, drawn_at),) = counts
+        self.steps.append(steps)
+        self.at.append(drawn_at)
+        self.losses.append(outputs["loss"].item() if outputs else math.nan)
+
+
+# ------------------------------------------------------------------------------------------------ saved and resumed
+
+
+class Saves(Callback):
+    """Writes a file after each of some steps."""
+
+    def __init__(self, folder: Path, steps: tuple[int, ...]) -> None:
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step in self.steps and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+class Ends(Digest):
+    """And the counts of every adapter, as they stand when the run ends."""
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        super().on_train_end(trainer, pl_module)
+        self.counts = [[adapter.steps, adapter.drawn_at] for adapter in adapters(pl_module).values()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """12 steps, saved after some of them."""
+
+    model: type[LightningModule] = Net
+    lora: dict = dataclasses.field(default_factory=dict)
+    options: dict = dataclasses.field(default_factory=dict)
+    optimizer: str | None = "Adam"
+    steps: tuple[int, ...] = (3, 4)
+
+    def module(self) -> LightningModule:
+        return self.model() if self.optimizer is None else with_optimizer(self.model, self.optimizer)
+
+    def fit(self, folder: Path, *callbacks: Callback, file: Path | None = None) -> list:
+        """What the run ends with."""
+        ends = Ends()
+        run = trainer(
+            folder, lora(self.model, **self.lora), ends, *callbacks, **{"max_steps": 12, "max_epochs": 9} | self.options
+        )
+        run.fit(self.module(), ResumableLoader(), ckpt_path=file)
+        return [ends.module, ends.optimizers, ends.steps, ends.counts]
+
+
+RESUMED = {
+    # after step 3 there was a draw, after step 4 none, or one if there is one after each
+    **{
+        "-".join(map(str, (resample, k, gradient, precision, optimizer))): Run(
+            lora={"k": k, "resample": resample, "gradient": gradient},
+            options={"precision": precision},
+            optimizer=optimizer,
+            steps=(3,) if k == 1 else (3, 4),
+        )
+        for resample, k, gradient, precision, optimizer in itertools.product(
+            FORMS, (1, 3), HOLDING, PRECISIONS, ("Adam", "momentum")
+        )
+    },
+    **{
+        f"zoo-{resample}-{gradient}-{precision}": Run(
+            Zoo,
+            {"k": 3, "resample": resample, "gradient": gradient},
+            {"precision": precision, "max_steps": 7},
+            steps=(3 + (precision == "bf16-true"),),
+        )
+        for resample, gradient, precision in itertools.product(FORMS, HOLDING, PRECISIONS)
+    },
+    **{
+        f"tied-{resample}-{precision}": Run(
+            TiedNet, {"k": 3, "resample": resample, "gradient": "projected"}, {"precision": precision}
+        )
+        for resample, precision in itertools.product(FORMS, PRECISIONS[:2])
+    },
+    **{
+        f"{resample}-{moments}": Run(lora={"k": 3, "resample": resample, "resample_moments": moments})
+        for resample, moments in itertools.product(FORMS, ("reset", "keep"))
+    },
+    **{
+        f"{resample}-{optimizer}": Run(
+            lora={"k": 3, "resample": resample, "resample_moments": "reset"}, optimizer=optimizer
+        )
+        for resample, optimizer in itertools.product(FORMS, ("Adagrad", "RMSprop"))
+    },
+    **{
+        f"{resample}-accumulated-clipped": Run(
+            lora={"k": 3, "resample": resample, "modules_to_save": ["layers.1"], "bias": "all"},
+            options={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+        )
+        for resample in FORMS
+    },
+    **{
+        f"{resample}-two-optimizers": Run(
+            TwoNet, {"k": 3, "resample": resample}, {"max_steps": 24}, None, steps=(6, 8, 16)
+        )
+        for resample in FORMS
+    },
+    **{f"{resample}-fused": Run(lora={"k": 3, "resample": resample}, optimizer="fused") for resample in FORMS},
+    "A-bfloat16-adapters": Run(lora={"k": 3, "resample": "A", "adapter_dtype": "bfloat16"}),
+}
+IN_A_NEW_PROCESS = [
+    "both-3-merged-32-true-Adam",
+    "A-3-projected-bf16-true-momentum",
+    "zoo-both-projected-bf16-mixed",
+    "zoo-A-merged-bf16-true",
+    "tied-A-32-true",
+    "A-two-optimizers",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """What a run ends with, and where its files lie; each runs once."""
+    done: dict[str, list] = {}
+
+    def run(name: str):
+        if name not in done:
+            (folder / name).mkdir()
+            done[name] = RESUMED[name].fit(folder, Saves(folder / name, RESUMED[name].steps))
+        return done[name], [folder / name / f"{step}.ckpt" for step in RESUMED[name].steps]
+
+    return run
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_resumes_to_the_same_bits_at_a_draw_and_between_draws(name, uninterrupted, folder):
+    expected, files = uninterrupted(name)
+    assert all(steps > 0 and drawn_at > 0 for steps, drawn_at in expected[-1])
+    for file in files:
+        assert RESUMED[name].fit(folder, file=file) == expected
+
+
+def resume_all(folder: Path) -> None:
+    """Prints, as JSON, what the runs end with."""
+    results = {
+        name: [RESUMED[name].fit(folder, file=folder / name / f"{step}.ckpt") for step in RESUMED[name].steps]
+        for name in IN_A_NEW_PROCESS
+    }
+    print(json.dumps(results))
+
+
+def test_a_new_process_resumes_to_the_same_bits(uninterrupted, folder):
+    expected = {name: uninterrupted(name)[0] for name in IN_A_NEW_PROCESS}
+    code = "import pathlib, sys, test_resample_in_lightning as t; t.resume_all(pathlib.Path(sys.argv[1]))"
+    results = json.loads(printed_by_a_new_process("-W", "ignore", "-c", code, str(folder))[-1])
+    for name in IN_A_NEW_PROCESS:
+        assert results[name] == [expected[name]] * len(RESUMED[name].steps)
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_file_is_that_of_the_plain_model_and_has_no_a_that_can_be_drawn_again(name, uninterrupted):
+    run = RESUMED[name]
+    plain = run.module()
+    plain.to({"bf16-true": torch.bfloat16}.get(run.options.get("precision"), torch.float32))
+    for file in uninterrupted(name)[1]:
+        checkpoint = read(file)  # with `weights_only=True`
+        state, payload = checkpoint["state_dict"], checkpoint["lightning_lora"]
+        plain.load_state_dict(state, strict=True)
+        expected = [(key, value.shape, value.dtype) for key, value in plain.state_dict().items()]
+        assert [(key, value.shape, value.dtype) for key, value in state.items()] == expected
+        assert all(isinstance(leaf, torch.Tensor | int | float | str | None) for leaf in leaves(payload))
+        assert payload["base"] == {}
+        resample = run.lora["resample"]
+        for entry in payload["adapters"].values():
+            assert entry["resample"] == resample
+            assert ("A" in entry) == (resample == "both")
+            assert {key for key, value in entry.items() if isinstance(value, torch.Tensor)} <= {"A", "B"}
+            assert entry["steps"] > 0
+
+
+@pytest.mark.parametrize("resample", FORMS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_file_saved_after_fit_goes_on_with_the_same_bits(precision, resample, tmp_path):
+    run = Run(lora={"k": 3, "resample": resample}, options={"precision": precision})
+    expected = run.fit(tmp_path)
+    first = trainer(tmp_path, lora(k=3, resample=resample), precision=precision)
+    first.fit(run.module(), ResumableLoader())
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    assert run.fit(tmp_path, file=tmp_path / "after.ckpt") == expected
+
+
+@pytest.mark.parametrize("resample", FORMS)
+@pytest.mark.parametrize(("model", "gradient"), [(Net, "merged"), (Zoo, "merged"), (Zoo, "projected")])
+def test_the_module_after_fit_is_plain_and_computes_what_it_did_in_the_run(model, gradient, resample, tmp_path):
+    class Last(Callback):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            self.loss = trainer.callback_metrics["val_loss"].item()
+
+    module, last = with_optimizer(model, "Adam"), Last()
+    before = structure(module)
+    callback = lora(model, k=3, resample=resample, gradient=gradient)
+    run = trainer(tmp_path, callback, last, Saves(tmp_path, (8,)))
+    run.fit(module, data(), data(1))
+    assert structure(module) == before
+    assert digest(read(tmp_path / "8.ckpt")["state_dict"]) == digest(module.state_dict())
+    plain = with_optimizer(model, "Adam")
+    for trained in (module, plain):
+        if trained is plain:
+            plain.load_state_dict(read(tmp_path / "8.ckpt")["state_dict"])
+        assert trainer(tmp_path).validate(trained, data(1), verbose=False)[0]["val_loss"] == last.loss
+
+
+# ------------------------------------------------------------------------------------------------ one count a step
+
+
+class ByHand(Net):
+    """Manual optimization, with a step after every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.manual_backward(loss / 2)
+        if batch_idx % 2 == 1:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss
+
+
+class Overflows(Net):
+    """The loss is infinite in batches 1, 2 and 5, so that a GradScaler skips their steps."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * (math.inf if batch_idx in (1, 2, 5) else 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "steps"),
+    [
+        (Net, {}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (Net, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, [0, 1, 1, 2, 2, 3, 3, 4]),
+        (Net, {"accumulate_grad_batches": 3}, [0, 0, 1, 1, 1, 2, 2, 3]),
+        (Zoo, {"accumulate_grad_batches": 2}, [0, 1, 1, 2, 2, 3, 3, 4]),
+        (ByHand, {}, [0, 1, 1, 2, 2, 3, 3, 4]),
+    ],
+)
+@pytest.mark.parametrize(("k", "resample"), [(1, "both"), (2, "A")])
+def test_draws_follow_the_steps_of_the_optimizer(k, resample, model, options, steps, tmp_path):
+    draws = Draws()
+    trainer(tmp_path, lora(model, k, resample), draws, **options).fit(with_optimizer(model, "SGD"), data())
+    assert draws.steps == steps
+    assert draws.at == [step - step % k for step in steps]
+
+
+def test_each_of_two_optimizers_draws_for_its_own_layers(tmp_path):
+    draws = Draws()
+    trainer(tmp_path, lora(k=3), draws).fit(TwoNet(), data())
+    assert draws.steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert draws.at == [0, 0, 3, 3, 3, 6, 6, 6]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "fused"])
+@pytest.mark.parametrize("resample", FORMS)
+def test_a_step_that_the_scaler_skips_is_none(resample, optimizer, tmp_path):
+    scaler, draws = torch.amp.GradScaler("cpu", init_scale=256.0), Draws()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    model = with_optimizer(Overflows, optimizer)
+    trainer(tmp_path, lora(k=2, resample=resample), draws, plugins=[plugin]).fit(model, data())
+    assert scaler.get_scale() == 256.0 / 8
+    assert draws.steps == [1, 1, 1, 2, 3, 3, 4, 5]
+    assert draws.at == [0, 0, 0, 2, 2, 2, 4, 4]
+
+
+def states_after(tmp_path, *callbacks, tune=None, **options):
+    """Of a run of 16 steps, before which others may have been taken to find a learning rate."""
+    ends, draws, model = Ends(), Draws(), with_optimizer(Net, "Adam")
+    run = trainer(tmp_path, *callbacks, lora(k=3, **options), ends, draws, max_epochs=2)
+    if tune is not None:
+        tune(run, model)
+    run.fit(model, ResumableLoader())
+    return ends.module, ends.optimizers, ends.counts, draws.steps, draws.at, draws.losses
+
+
+@pytest.mark.parametrize("resample", FORMS)
+def test_a_learning_rate_finder_leaves_no_step_and_no_draw_behind(resample, tmp_path):
+    expected = states_after(tmp_path, resample=resample)
+    assert expected[3] == list(range(1, 17))
+    options = {"num_training_steps": 8, "update_attr": False, "early_stop_threshold": None}
+    assert states_after(tmp_path, LearningRateFinder(**options), resample=resample) == expected
+
+    def tune(run, model):
+        Tuner(run).lr_find(model, ResumableLoader(), num_training=8, update_attr=False, early_stop_threshold=None)
+
+    assert states_after(tmp_path, resample=resample, tune=tune) == expected
+
+
+class Scaled(Net):
+    """With a size of batches that a tuner can set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 2
+
+    def train_dataloader(self):
+        return DataLoader(data().dataset, batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return data(1)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("resample", FORMS)
+def test_a_batch_size_finder_leaves_no_step_and_no_draw_behind(resample, tmp_path):
+    ends = []
+    for tuned in (False, True):
+        model, end = with_optimizer(Scaled, "Adam"), Ends()
+        run = trainer(tmp_path, lora(k=3, resample=resample), end)
+        if tuned:
+            Tuner(run).scale_batch_size(model, max_trials=2, steps_per_trial=3)
+            assert model.batch_size != 2
+        model.batch_size = 4
+        run.fit(model)
+        ends.append((end.module, end.optimizers, end.counts))
+    assert ends[0] == ends[1]
+    assert ends[0][-1] == [[8, 6]] * 3
+
+
+@pytest.mark.parametrize("resample", FORMS)
+def test_a_second_fit_goes_on_from_the_merged_weights_and_draws_from_the_beginning(resample, tmp_path):
+    """A second ``fit`` that is not given a file is a run of its own: its draws are those of its own steps."""
+    callback, model, ends = lora(k=3, resample=resample), with_optimizer(Net, "Adam"), Ends()
+    trainer(tmp_path, callback).fit(model, data())
+    middle = digest(model.state_dict())
+    trainer(tmp_path, callback, ends).fit(model, data(1))
+    again, ends_again = with_optimizer(Net, "Adam"), Ends()
+    trainer(tmp_path, lora(k=3, resample=resample)).fit(again, data())
+    assert digest(again.state_dict()) == middle
+    trainer(tmp_path, lora(k=3, resample=resample), ends_again).fit(again, data(1))
+    assert (ends.module, ends.optimizers, ends.counts) == (ends_again.module, ends_again.optimizers, ends_again.counts)
+    assert {tuple(count) for count in ends.counts} == {(8, 6)}
+
+
+def test_a_run_that_is_stopped_early_is_left_merged(tmp_path):
+    stop, model = EarlyStopping("val_loss", patience=1, min_delta=1e9), with_optimizer(Net, "Adam")
+    before = structure(model)
+    run = trainer(tmp_path, lora(), stop, max_epochs=9)
+    run.fit(model, data(), data(1))
+    assert run.current_epoch == 2
+    assert structure(model) == before
+    assert trainer(tmp_path).validate(model, data(1), verbose=False)[0]["val_loss"] == run.callback_metrics["val_loss"]
+
+
+# ------------------------------------------------------------------------------------------------ the same in any loop
+
+
+@pytest.mark.parametrize("resample", FORMS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        Net,
+        Zoo,
+    ],
+)
+def test_merged_and_projected_give_the_same_losses_through_draws(model, resample, tmp_path):
+    runs = []
+    for gradient in HOLDING:
+        draws = Draws()
+        callback = lora(model, 3, resample, gradient, adapter_dtype="float64")
+        options = {"precision": "64-true", "gradient_clip_val": 0.05, "max_epochs": 2}
+        trainer(tmp_path, callback, draws, **options).fit(with_optimizer(model, "momentum"), data())
+        runs.append(draws.losses)
+    assert len(runs[0]) == 16
+    assert runs[0] == pytest.approx(runs[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("resample", FORMS)
+@pytest.mark.parametrize("gradient", HOLDING)
+def test_a_loop_of_ones_own_gives_the_trainers_bits(gradient, resample, tmp_path):
+    model = with_optimizer(Zoo, "Adam")
+    trainer(tmp_path, lora(Zoo, 3, resample, gradient), max_epochs=2).fit(model, data())
+    own = Zoo()
+    inject(own, rank=2, alpha=3, gradient=gradient, resample_every_n_steps=3, resample=resample, **ZOO)
+    optimizer = OPTIMIZERS["Adam"]([p for p in own.parameters() if p.requires_grad])
+    attach(own, optimizer)
+    for x, y in [*batches(), *batches()]:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(own(x), y).backward()
+        optimizer.step()
+    merge(own)
+    assert digest(own.state_dict()) == digest(model.state_dict())
+
+
+class ZooByHand(Zoo):
+    """Manual optimization, in which draws are made inside ``training_step``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    training_step = ByHand.training_step
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "32-true",
+        "bf16-true",
+        "bf16-mixed",
+    ],
+)
+@pytest.mark.parametrize("resample", FORMS)
+@pytest.mark.parametrize("optimizer", ["Adam", "momentum"])
+def test_steps_taken_by_hand_give_the_bits_of_automatic_ones(optimizer, resample, precision, tmp_path):
+    """Though they, and the draws, are then under the precision's contexts: autocast, and another default dtype."""
+    states = []
+    for model, options in ((Zoo, {"accumulate_grad_batches": 2}), (ZooByHand, {})):
+        module = with_optimizer(model, optimizer)
+        trainer(tmp_path, lora(Zoo, 1, resample), precision=precision, **options).fit(module, data())
+        states.append(module.state_dict())
+    assert digest(states[0]) == digest(states[1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", [Net, Zoo, TiedNet])
+def test_training_with_draws_lowers_the_loss(model, precision, tmp_path):
+    for resample in FORMS:
+        draws = Draws()
+        callback = lora(model, 1, resample, "projected")
+        trainer(tmp_path, callback, draws, max_epochs=3, precision=precision).fit(with_optimizer(model, "Adam"), data())
+        assert sum(draws.losses[-8:]) < sum(draws.losses[:8])
+
+
+# ------------------------------------------------------------------------------------------------ many processes
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of two processes has seen in every run, and where the weights are."""
+    folder = tmp_path_factory.mktemp("ddp")
+    printed_by_a_new_process("-W", "ignore", str(HERE / "resampled_distributed.py"), str(folder))
+    seen = {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in RUNS}
+    return seen, folder
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "bf16" not in name])
+def test_two_processes_equal_one_on_the_same_batches(name, processes, tmp_path):
+    seen, folder = processes
+    watch, model = train(tmp_path, name, devices=1)
+    both = [sum(pair) / 2 for pair in zip(*(process["losses"] for process in seen[name]), strict=True)]
+    assert seen[name][0]["losses"] != seen[name][1]["losses"]
+    assert both == pytest.approx(watch.losses, rel=1e-6)
+    weights = read(folder / f"{name}.pt")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-6)
+    assert (model.linear.weight - type(model)().linear.weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_all_processes_end_with_the_same_bits(name, processes):
+    first, second = processes[0][name]
+    assert first["adapted"] == second["adapted"]
+    assert first["weights"] == second["weights"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_of_the_one_sided_form_only_the_gradients_of_b_cross_the_wire(name, processes):
+    for process in processes[0][name]:
+        trained = process["trained"]
+        factors = {key for key in trained if ".lora." in key}
+        assert set(trained) - factors == {"head.weight", "head.bias"}
+        assert {key.rpartition(".")[2] for key in factors} == ({"B"} if name.startswith("A") else {"A", "B"})
+        n_steps = 3 if "accumulated" in name else 6
+        assert sum(size for size, _ in process["reduced"]) == n_steps * sum(trained.values())
+        assert sorted(key for _, keys in process["reduced"] for key in keys) == sorted(n_steps * list(trained))
+
+
+# ------------------------------------------------------------------------------------------------ refused by name
+
+
+class Split(Net):
+    """A and B of every adapter in two optimizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        named = dict(self.named_parameters())
+        first = [p for name, p in named.items() if name.endswith("lora.A")]
+        second = [p for name, p in named.items() if not name.endswith("lora.A")]
+        return torch.optim.SGD(first, lr=0.1), torch.optim.SGD(second, lr=0.1)
+
+
+def test_files_of_adapters_only_are_refused(tmp_path):
+    refused(tmp_path, Net(), lora(checkpoint="adapter"), match=["checkpoint='adapter'", "'layers.0'", "'merged'"])
+
+
+@pytest.mark.parametrize("moments", ["transfer", "keep"])
+@pytest.mark.parametrize("optimizer", ["Adagrad", "RMSprop"])
+def test_moments_of_an_unknown_optimizer_are_refused_before_the_first_step(optimizer, moments, tmp_path):
+    model = with_optimizer(Net, optimizer)
+    refused(tmp_path, model, lora(resample_moments=moments), match=[repr(moments), optimizer, "'reset'"])
+
+
+def test_factors_in_two_optimizers_are_refused_before_the_first_step(tmp_path):
+    refused(tmp_path, Split(), lora(), match=["A and B of 'layers.0'", "two optimizers"])
+
+
+def test_lbfgs_is_refused_before_the_first_step(tmp_path):
+    refused(tmp_path, with_optimizer(Net, "LBFGS"), lora(resample_moments="reset"), match=["LBFGS", "'layers.0'"])
+
+
+OTHERS = {
+    "both": {"resample_every_n_steps": 1, "resample": "both"},
+    "A": {"resample_every_n_steps": 1, "resample": "A"},
+    "None": {"resample_every_n_steps": None, "resample": "both"},
+}
+
+
+@pytest.mark.parametrize(("saved", "resumed"), list(itertools.permutations(OTHERS, 2)))
+def test_a_file_of_another_form_is_refused(saved, resumed, tmp_path):
+    run = trainer(tmp_path, lora(**OTHERS[saved]), Saves(tmp_path, (3,)))
+    run.fit(with_optimizer(Net, "SGD"), ResumableLoader())
+    refused(
+        tmp_path,
+        with_optimizer(Net, "SGD"),
+        lora(**OTHERS[resumed]),
+        match=["'layers.0'", f"resample {saved} in the checkpoint and {resumed} in this run"],
+        ckpt_path=tmp_path / "3.ckpt",
+    )
+
+
+def test_a_file_without_draws_is_refused_in_factored_mode_too(tmp_path):
+    trainer(tmp_path, lora(), Saves(tmp_path, (3,))).fit(with_optimizer(Net, "SGD"), ResumableLoader())
+    refused(tmp_path, Net(), LoRA(rank=2, alpha=3), match=["'layers.0'", "resample"], ckpt_path=tmp_path / "3.ckpt")
+
+
+def test_another_seed_is_refused_where_the_file_has_no_a(tmp_path):
+    run = trainer(tmp_path, lora(k=3, resample="A"), Saves(tmp_path, (4,)))
+    run.fit(with_optimizer(Net, "Adam"), ResumableLoader())
+    callback = lora(k=3, resample="A", seed=1)
+    refused(tmp_path, with_optimizer(Net, "Adam"), callback, match=["seed"], ckpt_path=tmp_path / "4.ckpt")
