@@ -1,7 +1,8 @@
-"""The table that is printed when training starts."""
+"""Tables for people, and the one that is printed when training starts."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Iterable
@@ -10,20 +11,64 @@ from lightning.pytorch.utilities.model_summary.model_summary import get_human_re
 from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 
+from lightning_lora.hosts.quantized import numel
 from lightning_lora.inject import adapters, places
 
 log = logging.getLogger(__name__)
 
-HEADER = ("Adapted modules", "Count", "Type", "Weight", "Rank", "Params")
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells, and below them labels with a value each."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    below: list[tuple[str, str]]
+    right: tuple[str, ...] = ()
+    """The columns whose cells stand at the right."""
+
+    def print(self) -> None:
+        """A rich table where rich is installed, else a plain one in the log."""
+        if RequirementCache("rich"):
+            self._print_rich()
+        else:
+            log.info("\n" + self.plain())
+
+    def plain(self) -> str:
+        """Text."""
+        widths = [max(len(row[column]) for row in (self.header, *self.rows)) for column in range(len(self.header))]
+
+        def line(row: tuple[str, ...]) -> str:
+            cells = zip(self.header, row, widths, strict=True)
+            return " | ".join(
+                cell.rjust(width) if column in self.right else cell.ljust(width) for column, cell, width in cells
+            ).rstrip()
+
+        rule = "-" * (sum(widths) + 3 * len(widths))
+        width = max(len(label) for label, _ in self.below)
+        below = (f"{label.ljust(width)}  {value}" for label, value in self.below)
+        return "\n".join([line(self.header), rule, *map(line, self.rows), rule, *below])
+
+    def _print_rich(self) -> None:
+        from rich import get_console
+        from rich.table import Table as RichTable
+
+        table = RichTable(header_style="bold magenta")
+        for column in self.header:
+            table.add_column(column, justify="right" if column in self.right else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        grid = RichTable.grid(padding=(0, 2))
+        for label, value in self.below:
+            grid.add_row(f"[bold]{label}[/]", value)
+        get_console().print(table)
+        get_console().print(grid)
 
 
 def print_summary(module: nn.Module) -> None:
     """Prints what is adapted in ``module`` and how much of it is trained; a rich table where rich is installed."""
-    rows, totals = _rows(module), _totals(module)
-    if RequirementCache("rich"):
-        _print_rich(rows, totals)
-    else:
-        log.info("\n" + _plain(rows, totals))
+    header = ("Adapted modules", "Count", "Type", "Weight", "Rank", "Params")
+    Table(header, _rows(module), _totals(module), right=("Count", "Rank", "Params")).print()
 
 
 def _rows(module: nn.Module) -> list[tuple[str, ...]]:
@@ -31,9 +76,9 @@ def _rows(module: nn.Module) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for place in {id(place.adapter): place for place in places(module)}.values():
         adapter = place.adapter
-        weight = " x ".join(map(str, place.weight.shape))
+        weight = " x ".join(map(str, adapter.shape))
         group = _starred(place.name), type(place.host).__name__, weight, str(adapter.rank)
-        groups.setdefault(group, []).append((place.name, adapter.A.numel() + adapter.B.numel()))
+        groups.setdefault(group, []).append((place.name, sum(p.numel() for p in adapter.trained.values())))
     return [
         (
             starred if len(members) > 1 else members[0][0],
@@ -55,9 +100,9 @@ def _starred(name: str) -> str:
 def _totals(module: nn.Module) -> list[tuple[str, str]]:
     factors = {id(p) for adapter in adapters(module).values() for p in adapter.parameters()}
     base = {name: p for name, p in module.named_parameters() if id(p) not in factors}
-    in_adapters = sum(p.numel() for p in module.parameters() if id(p) in factors)
+    in_adapters = sum(p.numel() for adapter in adapters(module).values() for p in adapter.trained.values())
     besides = sum(p.numel() for p in base.values() if p.requires_grad)
-    total = sum(p.numel() for p in base.values())
+    total = sum(map(numel, base.values()))
     return [
         ("Trainable params", f"{_count(in_adapters + besides)} ({(in_adapters + besides) / total:.2%} of the model's)"),
         ("  in adapters", _count(in_adapters)),
@@ -74,32 +119,3 @@ def _owners(names: Iterable[str], most: int = 4) -> str:
 
 def _count(number: int) -> str:
     return get_human_readable_count(number).strip()
-
-
-def _plain(rows: list[tuple[str, ...]], totals: list[tuple[str, str]]) -> str:
-    widths = [max(len(row[column]) for row in (HEADER, *rows)) for column in range(len(HEADER))]
-
-    def line(row: tuple[str, ...]) -> str:
-        return " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-    rule = "-" * (sum(widths) + 3 * len(widths))
-    width = max(len(label) for label, _ in totals)
-    return "\n".join(
-        [line(HEADER), rule, *map(line, rows), rule, *(f"{label.ljust(width)}  {value}" for label, value in totals)]
-    )
-
-
-def _print_rich(rows: list[tuple[str, ...]], totals: list[tuple[str, str]]) -> None:
-    from rich import get_console
-    from rich.table import Table
-
-    table = Table(header_style="bold magenta")
-    for column in HEADER:
-        table.add_column(column, justify="right" if column in ("Count", "Rank", "Params") else "left")
-    for row in rows:
-        table.add_row(*row)
-    grid = Table.grid(padding=(0, 2))
-    for label, value in totals:
-        grid.add_row(f"[bold]{label}[/]", value)
-    get_console().print(table)
-    get_console().print(grid)
