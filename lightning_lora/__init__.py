@@ -3,8 +3,20 @@
 from lightning_lora.adapters import Adapter
 from lightning_lora.attach import attach
 from lightning_lora.callback import LoRA
-from lightning_lora.inject import adapters, inject, merge
+from lightning_lora.inject import adapters, inject, merge, merging_errors
+from lightning_lora.memory import Memory, MemoryReport, estimate_memory
 
 __version__ = "0.1.0"
 
-__all__ = ["Adapter", "LoRA", "adapters", "attach", "inject", "merge"]
+__all__ = [
+    "Adapter",
+    "LoRA",
+    "Memory",
+    "MemoryReport",
+    "adapters",
+    "attach",
+    "estimate_memory",
+    "inject",
+    "merge",
+    "merging_errors",
+]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     Callback,
@@ -16,15 +17,29 @@ from lightning.pytorch.callbacks import (
     ModelSummary,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lora import checkpoint as ckpt
+from lightning_lora import shards
+from lightning_lora.adapters import Adapter
 from lightning_lora.attach import Handle, attach
+from lightning_lora.first_batches import first_losses
+from lightning_lora.gradient_start import PASSES, start_from_gradients
 from lightning_lora.hosts import Swapped, swap, unswap
-from lightning_lora.inject import adapters, inject_options, injections, merge, places
+from lightning_lora.hosts.quantized import TorchAO, quantize, storages, torch_linear
+from lightning_lora.inject import adapters, inject_options, injections, merge, merging_errors, places
+from lightning_lora.memory import MemoryMeter, MemoryReport
 from lightning_lora.options import CHECKPOINTS, Options, check_choice
 from lightning_lora.summary import print_summary
 
@@ -40,7 +55,8 @@ class LoRA(Callback):
     From "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021). Added to a
     :class:`~lightning.pytorch.Trainer`, it puts adapters into the LightningModule when ``fit`` starts, freezes all
     else, and makes the module plain again, with merged weights, when ``fit`` ends. Every checkpoint holds the
-    ``state_dict`` of the plain model and resumes the LoRA run.
+    ``state_dict`` of the plain model and resumes the LoRA run. Weights that bitsandbytes or torchao have quantised stay
+    as they are in the run; after it, and in checkpoints, they are merged and plain.
 
     Args:
         rank: r, the rank of the increments; at most the smallest side of any target.
@@ -58,11 +74,26 @@ class LoRA(Callback):
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"``, those of the adapted modules.
         dropout: Probability that an input of an increment is zeroed while training. Drawn, as by ``nn.Dropout``, from
             torch's global generator.
+        decomposition: What the increment is. ``"product"``: B^T A. ``"additive"``: A and B repeated and added, the
+            seed's variant, of a rank up to 2r; the rank must divide both sides of the weight. ``"dora"``: the product,
+            with a trained magnitude for each output. Or the name of a subclass of :class:`~lightning_lora.Adapter`.
+        init: Where A and B start, always with the function unchanged. ``"zero"``: A random, B zero. ``"symmetric"``:
+            both random, A0 B0 taken away (seed, "Optimization Perspective"). ``"orthogonal"``: both random with
+            A0 B0 = 0. ``"pissa"``: the principal singular vectors of the weight, by the exact decomposition, or by a
+            randomised one with q iterations as ``"pissa_niter_q"``. ``"gradient"``: singular vectors of the gradient
+            over the first batches (LoRA-GA).
         gradient: How the gradients of A and B are computed. ``"factored"``: the weight stays W0 and the increment is
             computed beside it (seed, eq. lora-2). ``"merged"``: the weight is W0 + increment at all times, so the
             forward costs what the base model's does; the gradients are the same thin products. ``"projected"``: the
             same, with the full gradient of each weight projected (seed, eq. grad-1); for any module. A module that
             cannot be factored is adapted by the last in any case.
+        resample_every_n_steps: After how many optimizer steps the increment stays in the weight and the projections are
+            drawn anew (seed, "Random Projection"); needs ``"merged"`` or ``"projected"``.
+        resample: Which: ``"both"``, A and B, or ``"A"`` alone, which is then not trained, so that B starts at zero
+            again and the backward keeps Z instead of X.
+        resample_moments: What becomes of the optimizer's moments at a draw: ``"transfer"`` projects them anew, for SGD,
+            Adam and AdamW; ``"reset"`` forgets them; ``"keep"`` leaves them.
+        lr_ratio: The learning rate of B over that of A. Hayou et al., "LoRA+" (2024).
         adapter_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``, whatever the precision of the
             Trainer. Products are computed in the dtype of the activations.
         checkpoint: ``"merged"``: the ``state_dict`` in a checkpoint is that of the plain model, with merged weights.
@@ -71,6 +102,8 @@ class LoRA(Callback):
         seed: The start of A depends on this and on the module's name, not on the global generator.
         exact_resume: Refuse to resume on other weights than those that were frozen when the checkpoint was saved,
             instead of recovering these from the merged weights up to rounding, with a warning.
+        log_memory: Read the memory of training at the first optimizer step, for :attr:`memory`, and beside it that of
+            full fine-tuning; print both as a table, and give them to the loggers in MiB, with the options.
 
     Raises:
         ValueError: If an option has a bad value; in ``fit``, if it matches nothing in the module.
@@ -96,11 +129,18 @@ class LoRA(Callback):
         use_rslora: bool = False,
         bias: str = "none",
         dropout: float = 0.0,
+        decomposition: str = "product",
+        init: str = "zero",
         gradient: str = "factored",
+        resample_every_n_steps: int | None = None,
+        resample: str = "both",
+        resample_moments: str = "transfer",
+        lr_ratio: float | None = None,
         adapter_dtype: str = "float32",
         checkpoint: str = "merged",
         seed: int = 0,
         exact_resume: bool = False,
+        log_memory: bool = True,
     ) -> None:
         self.options = Options(
             rank=rank,
@@ -114,21 +154,41 @@ class LoRA(Callback):
             use_rslora=use_rslora,
             bias=bias,
             dropout=dropout,
+            decomposition=decomposition,
+            init=init,
             gradient=gradient,
+            resample_every_n_steps=resample_every_n_steps,
+            resample=resample,
+            resample_moments=resample_moments,
+            lr_ratio=lr_ratio,
             adapter_dtype=adapter_dtype,
             seed=seed,
         )
         check_choice("checkpoint", checkpoint, CHECKPOINTS)
-        if not isinstance(exact_resume, bool):
-            raise ValueError(f"`exact_resume` must be True or False, got {exact_resume!r}.")
+        for flag, given in (("exact_resume", exact_resume), ("log_memory", log_memory)):
+            if not isinstance(given, bool):
+                raise ValueError(f"`{flag}` must be True or False, got {given!r}.")
         self.checkpoint = checkpoint
         self.exact_resume = exact_resume
+        self.log_memory = log_memory
+        self.memory: MemoryReport | None = None
+        """What the last ``fit`` held, and what full fine-tuning would have; from the first optimizer step on."""
+        self._meter: MemoryMeter | None = None
+        self._own_callbacks: list[Callback] | None = None
         self._fingerprints = ckpt.Fingerprints()
         self._idle: set[str] = set()
         self._handles: list[Handle] = []
         self._held: tuple[weakref.ref[pl.LightningModule], dict[str, Any]] | None = None
         self._waits_for_file = False
+        self._before: dict[str, torch.Tensor] = {}
+        """What this process held of sharded weights before a file was loaded into them."""
+        self._loads_late = False
+        """Whether a strategy may yet do that, before anything can hear of it."""
         self._trains = False
+        self._rounded: list[Adapter] = []
+        """Those whose weights are rounded at each draw."""
+        self._silent = False
+        """Whether what the module logs is of no batch of the run."""
 
     # ------------------------------------------------------------------------------------------------ before the run
 
@@ -147,10 +207,16 @@ class LoRA(Callback):
                     " `rank_pattern` and `alpha_pattern` for those that differ."
                 )
             earlier._make_plain(pl_module)  # a tuner failed before any callback could hear of it
+            if isinstance(pl_module, _Run):  # it is sharded, and adapted until `merge`
+                unswap(pl_module)
         if stage == "fit":
             _refuse_unsupported(trainer)
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                _refuse_unsharded(trainer.strategy, self.options, self.checkpoint)
             self._held = None
             self._fingerprints = ckpt.Fingerprints()
+            self.memory = None
+            self._own_callbacks = _callbacks(trainer)
         self._trains = False
         pl_module.lora_callback = self  # type: ignore[assignment]
         swap(pl_module, _Run)
@@ -161,9 +227,17 @@ class LoRA(Callback):
         What Lightning does next is to read the checkpoint, if it was given one; only then does it tell which.
         """
         self._waits_for_file = True
+        self._loads_late = shards.is_sharded(pl_module) and bool(adapters(pl_module))
         if trainer.state.fn != "fit":
             return
+        _quantize(trainer, pl_module)
         present = list(injections(pl_module))
+        if not present and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} was sharded without adapters, and they have to be sharded with it. Call"
+                " `lightning_lora.inject(self, ...)` in `configure_model`, with the options of the callback, before"
+                " `fully_shard`."
+            )
         if not present:
             inject_options(pl_module, self.options)
         elif any(injection.options != self.options for injection in present):
@@ -173,6 +247,11 @@ class LoRA(Callback):
             )
         self._trains = True
         held = [place.name for place in places(pl_module) if place.host.holds_increment]
+        if held and shards.is_sharded(pl_module):
+            raise MisconfigurationException(
+                f"The weight of {held[0]!r} would hold its increment, which LoRA does not support where weights are"
+                " sharded. Leave it out of the targets: Linear, Embedding and convolutions can be factored."
+            )
         if held and self.checkpoint == "adapter":
             raise MisconfigurationException(
                 f"`checkpoint='adapter'` needs frozen weights, and that of {held[0]!r} holds its increment and is not"
@@ -182,6 +261,12 @@ class LoRA(Callback):
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
         self._waits_for_file = False
+        if shards.is_sharded(pl_module):
+            if self._loads_late and super(_Run, pl_module).strict_loading:  # type: ignore[misc]
+                _check_complete(trainer, pl_module)
+            ckpt.take_in_shards(checkpoint, pl_module, self.exact_resume, self._before)
+            self._forget_loading()
+            return
         ckpt.take_in(checkpoint, pl_module, self.exact_resume, self._held_by(pl_module))
         payload = checkpoint.get(ckpt.KEY)
         self._held = None if payload is None or adapters(pl_module) else (weakref.ref(pl_module), payload)
@@ -189,8 +274,10 @@ class LoRA(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that what was injected will be trained, and says what it is."""
         _check_trained(trainer, pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            _check_sharded(pl_module)
         self._idle = set(adapters(pl_module))
-        if trainer.is_global_zero and any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer)):
+        if trainer.is_global_zero and _prints_summary(trainer):
             print_summary(pl_module)
 
     # ---------------------------------------------------------------------------------------------------- in the run
@@ -203,27 +290,41 @@ class LoRA(Callback):
         """
         if self not in _callbacks(trainer):
             _callbacks(trainer).append(self)
-        if not self._handles and any(place.host.holds_increment for place in places(pl_module)):
+        if self.options.init == "gradient" and trainer.global_step == 0:
+            self._silent = True
+            try:
+                start_from_gradients(pl_module, first_losses(trainer, pl_module, PASSES), trainer.strategy.reduce)
+            finally:
+                self._silent = False
+        self._rounded = [adapter for adapter in adapters(pl_module).values() if adapter.resample is not None]
+        if not self._handles:
             self._handles = [
                 attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)
             ]
+        own_run = _callbacks(trainer) is self._own_callbacks  # a tuner's trial steps have others
+        if self.log_memory and own_run and not shards.is_sharded(pl_module):
+            self._meter = MemoryMeter(pl_module, trainer.optimizers, trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks again: the module's own ``on_fit_start`` may have frozen everything."""
+        self._forget_loading()
+        shards.reshard(pl_module)  # after the sanity check
         _check_trained(trainer, pl_module)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Strikes out, until the first batch is over, the adapters that a gradient reached."""
         if self._idle:
             known = adapters(pl_module)
-            self._idle = {name for name in self._idle if known[name].B.grad is None and known[name].A.grad is None}
+            self._idle = {name for name in self._idle if all(p.grad is None for p in known[name].trained.values())}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Looks again, for a module that calls ``loss.backward()`` itself."""
         self.on_after_backward(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Names the adapters that no gradient reached in the first batch."""
+        """Names the adapters that no gradient reached in the first batch; logs what stochastic rounding has kept."""
+        if lost := [adapter.lost for adapter in self._rounded if adapter.lost is not None]:
+            pl_module.log("lora/lost_to_nearest_rounding", torch.stack(lost).mean())
         if self._idle:
             rank_zero_warn(
                 f"No gradient reached the adapters of {', '.join(sorted(self._idle))} in the first batch. They stay at"
@@ -231,14 +332,27 @@ class LoRA(Callback):
                 " use `use_reentrant=False`: a frozen input gives it no gradient to pass on."
             )
             self._idle = set()
+        if self._meter is not None and (report := self._meter.report) is not None:
+            self.memory = report
+            self._forget_meter()
+            if trainer.is_global_zero:
+                if _prints_summary(trainer):
+                    self.memory.table().print()
+                for logger in trainer.loggers:
+                    logger.log_metrics(self.memory.metrics(), trainer.global_step)
+                    logger.log_hyperparams({"lora": self.options.to_primitives()})
 
     def saved(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Merges what is about to be written; full checkpoints and those with weights only come through here."""
-        if adapters(pl_module):
-            state = checkpoint["state_dict"]
-            payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
-            ckpt.put_out(state, payload)
-            checkpoint[ckpt.KEY] = payload
+        if not adapters(pl_module):
+            return
+        state = checkpoint["state_dict"]
+        if any(shards.is_part(tensor) for tensor in state.values()):
+            checkpoint[ckpt.KEY] = ckpt.describe(pl_module, self.options, self._fingerprints)
+            return
+        payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
+        ckpt.put_out(state, payload, storages(pl_module))
+        checkpoint[ckpt.KEY] = payload
 
     # ------------------------------------------------------------------------------------------------- after the run
 
@@ -261,13 +375,25 @@ class LoRA(Callback):
     ) -> None:
         """After ``fit`` the module is plain, and what it takes to resume is no longer in it."""
         if (payload := self._held_by(pl_module)) is not None and not adapters(pl_module):
-            if payload["form"] == "adapter":
-                ckpt.put_out(checkpoint["state_dict"], payload)
+            ckpt.put_out(checkpoint["state_dict"], payload, storages(pl_module), merged=True)
             checkpoint[ckpt.KEY] = payload
 
     def _held_by(self, pl_module: pl.LightningModule) -> dict[str, Any] | None:
         """The adapters that are folded into the weights of ``pl_module``, as they stand in a checkpoint."""
         return self._held[1] if self._held is not None and self._held[0]() is pl_module else None
+
+    def _forget_meter(self) -> None:
+        if self._meter is not None:
+            self._meter.remove()
+            self._meter = None
+
+    def keep_w0(self, pl_module: pl.LightningModule) -> None:
+        """Keeps what this process has of W0, which a strategy is about to overwrite by what is in a file."""
+        if not self._before:
+            self._before = {place.key: place.weight.detach().clone() for place in places(pl_module)}
+
+    def _forget_loading(self) -> None:
+        self._loads_late, self._before = False, {}
 
     def _make_plain(self, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, _Run) or pl_module.lora_callback is not self:
@@ -275,23 +401,46 @@ class LoRA(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._forget_meter()
+        self._forget_loading()
+        if adapters(pl_module) and shards.is_sharded(pl_module):
+            return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
         unswap(pl_module)
-        del pl_module.lora_callback
         if self._trains and adapters(pl_module):
             state = pl_module.state_dict()
             payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
             self._held = weakref.ref(pl_module), payload
+            if errors := merging_errors(pl_module).values():
+                rank_zero_info(
+                    f"{len(errors)} quantised layers are plain now, with merged weights: rounded by"
+                    f" {max(most for most, _ in errors):.1e} in any entry at most, by"
+                    f" {sum(mean for _, mean in errors) / len(errors):.1e} on average."
+                )
             merge(pl_module)
 
 
 class _Run(Swapped, pl.LightningModule):
     """What a LightningModule is besides itself from ``setup`` to ``teardown``: one that tells the callback."""
 
+    attribute = "lora_callback"
     lora_callback: LoRA
+
+    def _is_strict(self) -> bool:
+        """Asked for by a strategy that is about to read a file into a sharded module, the last one to be heard of it.
+
+        It would look for the adapters in a merged file.
+        """
+        if self.lora_callback._loads_late:
+            self.lora_callback.keep_w0(self)
+            return False
+        return super().strict_loading
+
+    strict_loading = property(_is_strict, pl.LightningModule.strict_loading.fset)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.lora_callback.configured(self.trainer, self)
+        with torch_linear():
+            self.lora_callback.configured(self.trainer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -300,6 +449,10 @@ class _Run(Swapped, pl.LightningModule):
     def on_train_start(self) -> None:
         self.lora_callback.starts(self.trainer, self)
         super().on_train_start()
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        if not self.lora_callback._silent:
+            super().log(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The user's hook comes last and sees what it would see without adapters."""
@@ -315,12 +468,23 @@ REFUSED: Mapping[type[Callback], str] = {
 }
 
 
+SUPPORTED_STRATEGIES: tuple[type[Strategy], ...] = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+REFUSED_STRATEGIES: Mapping[type[Strategy], str] = {
+    FSDPStrategy: "it flattens weights and adapters together, which leaves no adapter to save or merge by itself;"
+    " `ModelParallelStrategy`, with `fully_shard` in `configure_model`, shards them one by one",
+    DeepSpeedStrategy: "its engine keeps the parameters and writes the files itself, so nothing can be merged in them;"
+    " `ModelParallelStrategy`, with `fully_shard` in `configure_model`, shards parameters and optimizer states too",
+}
+
+
 def _refuse_unsupported(trainer: pl.Trainer) -> None:
-    supported: tuple[type[Strategy], ...] = (SingleDeviceStrategy, DDPStrategy)
-    if not isinstance(trainer.strategy, supported):
+    for strategy, reason in REFUSED_STRATEGIES.items():
+        if isinstance(trainer.strategy, strategy):
+            raise MisconfigurationException(f"LoRA does not support {type(trainer.strategy).__name__}: {reason}.")
+    if not isinstance(trainer.strategy, SUPPORTED_STRATEGIES):
         raise MisconfigurationException(
-            f"LoRA does not support {type(trainer.strategy).__name__}, which shards or wraps the module. It supports"
-            f" {' and '.join(strategy.__name__ for strategy in supported)}."
+            f"LoRA does not support {type(trainer.strategy).__name__}, which may shard or wrap the module in its"
+            f" own way. It supports {', '.join(strategy.__name__ for strategy in SUPPORTED_STRATEGIES)}."
         )
     for callback in _callbacks(trainer):
         for kind, reason in REFUSED.items():
@@ -328,6 +492,76 @@ def _refuse_unsupported(trainer: pl.Trainer) -> None:
                 raise MisconfigurationException(
                     f"LoRA cannot be combined with {type(callback).__name__}: {reason}. Remove one of them."
                 )
+
+
+def _quantize(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Does now what Lightning and bitsandbytes do a moment later, so that adapters go into layers that stay.
+
+    The precision plugin puts other modules in the place of Linears, and what is moved to its device for the first time
+    is quantised there; a checkpoint is read in between, and its W0 is recognised by what is stored of it.
+    """
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, BitsandbytesPrecision):
+        if not storages(pl_module) and (present := adapters(pl_module)):
+            raise MisconfigurationException(
+                f"{next(iter(present))!r} has an adapter already, and BitsandbytesPrecision would put a layer without"
+                " one in its place. Leave the injection to the callback, or make the layers in `configure_model`, where"
+                " they are quantised as they are made."
+            )
+        plugin.convert_module(pl_module)
+    if isinstance(trainer.strategy, DDPStrategy):
+        for key, stored in storages(pl_module).items():
+            if isinstance(stored, TorchAO):
+                raise MisconfigurationException(
+                    f"{key!r} is a {stored.name} of torchao, which torch's DistributedDataParallel cannot send to other"
+                    " processes. Use one device, or quantise by bitsandbytes."
+                )
+    quantize(pl_module, trainer.strategy.root_device)
+
+
+def _refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: str) -> None:
+    """Refuses what is not done to weights of which every process has a part."""
+    name = type(strategy).__name__
+    if strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise MisconfigurationException(
+            f"LoRA supports {name} with `tensor_parallel_size=1` only: a layer that is split over processes would need"
+            " an adapter split alike. Use `data_parallel_size` for all of them, with `fully_shard`."
+        )
+    if options.gradient != "factored":
+        raise MisconfigurationException(
+            f"`gradient={options.gradient!r}` changes the weights after each step, which LoRA does not do to sharded"
+            f" ones. Under {name} use `gradient='factored'`."
+        )
+    if options.init == "gradient":
+        raise MisconfigurationException(
+            f"`init='gradient'` needs gradients of whole weights before adapters are put in, and under {name} adapters"
+            " are put in before sharding. Use another `init`, such as 'pissa'."
+        )
+    if form != "merged":
+        raise MisconfigurationException(
+            f"`checkpoint={form!r}` leaves weights out of the file, and {name} loads no file without all of them. Use"
+            " `checkpoint='merged'`."
+        )
+
+
+def _check_sharded(pl_module: pl.LightningModule) -> None:
+    """Every adapter needs its gradients to be reduced over the processes."""
+    for name, adapter in adapters(pl_module).items():
+        if not all(shards.is_part(p) for p in adapter.trained.values()):
+            raise MisconfigurationException(
+                f"The adapter of {name!r} is not sharded, so each process would train one of its own. In"
+                f" `configure_model`, call `fully_shard` on {name!r} or a module round it, after `inject`."
+            )
+
+
+def _check_complete(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """That the file just loaded into a sharded module has all but the adapters."""
+    if trainer.ckpt_path is None or not os.path.isfile(trainer.ckpt_path):
+        return  # a folder is asked for everything
+    in_file = torch.load(trainer.ckpt_path, mmap=True, map_location="cpu")["state_dict"]
+    factors = tuple(place.factors for place in places(pl_module))
+    if missing := [key for key in pl_module.state_dict() if key not in in_file and not key.startswith(factors)]:
+        raise KeyError(f"{trainer.ckpt_path} has no {missing[0]!r}, nor {len(missing) - 1} more keys of the module.")
 
 
 def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -340,12 +574,12 @@ def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                 f"The weight of {name!r} was unfrozen after its adapter was put in. An adapted weight stays frozen; to"
                 " train a module in full, name it in `modules_to_save`."
             )
-        if not all(p.requires_grad for p in adapter.parameters()):
+        if not all(p.requires_grad for p in adapter.trained.values()):
             raise MisconfigurationException(
                 f"The adapter of {name!r} is frozen, so it would not be trained. Do not freeze the module after `setup`"
                 " and `configure_model`: LoRA freezes the pretrained weights by itself."
             )
-        if not all(p in optimized for p in adapter.parameters()):
+        if not all(p in optimized for p in adapter.trained.values()):
             raise MisconfigurationException(
                 f"No optimizer has the adapter of {name!r}. Make the optimizer in `configure_optimizers`, of"
                 " `self.parameters()` or those of them that require gradients: it is called after the adapters are put"
@@ -358,8 +592,12 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def _prints_summary(trainer: pl.Trainer) -> bool:
+    return any(isinstance(callback, ModelSummary) for callback in _callbacks(trainer))
+
+
 def _optimizers_with_adapters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Optimizer]:
-    factors = {p for adapter in adapters(pl_module).values() for p in adapter.parameters()}
+    factors = {p for adapter in adapters(pl_module).values() for p in adapter.trained.values()}
     return [
         optimizer
         for optimizer in trainer.optimizers

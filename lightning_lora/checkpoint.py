@@ -6,29 +6,35 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
 ``checkpoint["lightning_lora"]`` holds tensors and primitives only::
 
     version   of this format
-    form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
+    form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers;
+              "sharded": what the module holds while training, W0 and adapters, each process its part
     options   of the callback, to be read by people
-    adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, shape, scale, transposed
+    adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
+              decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
+              is not trained is left out
     trained   names of the base's parameters that are trained in full
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
-              holds its increment is not frozen, and is saved as it is
+              holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
+              file that has it dequantised
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_lora import draws
-from lightning_lora.adapters import Adapter
+from lightning_lora import draws, shards
+from lightning_lora.adapters import DECOMPOSITIONS, Adapter
+from lightning_lora.hosts.quantized import Storage, is_quantized, storages, without_extras
 from lightning_lora.inject import Place, places, trained_besides
-from lightning_lora.options import CHECKPOINTS, Options, check_choice
+from lightning_lora.options import CHECKPOINTS, RESAMPLES, Options, check_choice
 
 KEY = "lightning_lora"
 VERSION = 1
@@ -48,60 +54,97 @@ class Fingerprints:
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[int, int], str]] = {}
 
-    def of(self, key: str, weight: Tensor) -> str:
-        state = weight.data_ptr(), weight._version
-        if key not in self._known or self._known[key][0] != state:
-            self._known[key] = state, fingerprint(weight)
+    def of(
+        self, key: str, state: Mapping[str, Tensor], part: Tensor | None = None, stored: Storage | None = None
+    ) -> str:
+        """That of the weight ``state[key]``, of which this process holds ``part`` if it is sharded.
+
+        Of a quantised weight, that of what is ``stored``.
+        """
+        held = stored.tensors()[0] if stored is not None else state[key] if part is None else part
+        seen = held.data_ptr(), held._version
+        if key not in self._known or self._known[key][0] != seen:
+            self._known[key] = seen, fingerprint(state[key]) if stored is None else stored.fingerprint()
         return self._known[key][1]
 
 
-def take_apart(state: State, module: nn.Module, options: Options, form: str, fingerprints: Fingerprints) -> State:
+def take_apart(
+    state: MutableMapping[str, Any], module: nn.Module, options: Options, form: str, fingerprints: Fingerprints
+) -> State:
     """Removes the adapters from ``state``, an adapted module's, and returns what ``checkpoint["lightning_lora"]`` is.
 
     What is left in ``state`` is the base model's: its keys, with what the weights hold while training.
     """
     adapters: State = {}
-    frozen: list[str] = []
+    frozen: dict[str, Tensor | None] = {}
     for place in places(module):
         if f"{place.factors}A" in state:
-            factors = {factor: state.pop(f"{place.factors}{factor}") for factor in "AB"}
-            adapters[place.name] = {**place.adapter.state(), **factors}
+            tensors = {name: state.pop(f"{place.factors}{name}") for name in place.adapter.state_dict()}
+            weight = state.get(place.key, place.weight)
+            adapters[place.name] = place.adapter.with_tensors(tensors).state(weight)
             if not place.host.holds_increment:
-                frozen.append(place.key)
+                frozen[place.key] = shards.part(place.weight)
         for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
             getattr(state, "_metadata", {}).pop(inner, None)
     trained = [name for name in trained_besides(module) if name in state]
     if form == "adapter":
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        frozen = [key for key in state if key in parameters and key not in trained]
+        frozen = {key: None for key in state if key in parameters and key not in trained}
+    stored = storages(module)
+    frozen |= {key: None for key in stored if key in state and key not in frozen}
     return {
         "version": VERSION,
         "form": form,
         "options": options.to_primitives(),
         "adapters": adapters,
         "trained": trained,
-        "base": {key: fingerprints.of(key, state[key]) for key in frozen},
+        "base": {key: fingerprints.of(key, state, part, stored.get(key)) for key, part in frozen.items()},
     }
 
 
-def put_out(state: State, payload: State) -> None:
-    """Makes ``state``, a base model's, what is written to the file: merged, or without all that is frozen."""
+def describe(module: nn.Module, options: Options, fingerprints: Fingerprints) -> State:
+    """What ``checkpoint["lightning_lora"]`` is where each process writes its part of ``module`` as it is.
+
+    All processes call this together: A, B, and one after another the frozen weights are gathered.
+    """
+    payload = take_apart(shards.Whole(module.state_dict()), module, options, "sharded", fingerprints)
+    payload["adapters"] = move_data_to_device(payload["adapters"], torch.device("cpu"))
+    return payload
+
+
+def put_out(state: State, payload: State, stored: Mapping[str, Storage] | None = None, merged: bool = False) -> None:
+    """Makes ``state``, a base model's, what is written to the file: merged, or without all that is frozen.
+
+    Args:
+        state: Changed in place.
+        payload: What :func:`take_apart` made of it.
+        stored: The quantised weights of the module that it is of.
+        merged: Whether the increments are in the weights already, so that only quantised ones without are to be made
+            plain.
+    """
+    stored = stored or {}
+    without_extras(state, stored)
     if payload["form"] == "adapter":
         for key in payload["base"]:
             state.pop(key, None)
         return
-    fold(state, payload)
+    if not merged:
+        fold(state, payload, stored)
+    adapted = set() if merged else {weight_key(name, state) for name in payload["adapters"]}
+    for key in (stored.keys() & state.keys()) - adapted:
+        state[key] = stored[key].dequantized().to(stored[key].dtype)
 
 
-def fold(state: State, payload: State) -> None:
+def fold(state: State, payload: State, stored: Mapping[str, Storage] | None = None) -> None:
     """Folds the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
     folded: dict[int, Tensor] = {}
     for name, entry in payload["adapters"].items():
         if (key := weight_key(name, state)) in payload["base"]:
-            weight = state[key]
-            place = weight.data_ptr()
+            layer = (stored or {}).get(key)
+            place = (state[key] if layer is None else layer.tensors()[0]).data_ptr()
             if place not in folded:
-                folded[place] = Adapter.from_state(entry).folded_into(weight)
+                weight = state[key] if layer is None else layer.dequantized()
+                folded[place] = Adapter.from_state(entry).folded_into(weight).to((layer or weight).dtype)
             state[key] = folded[place]
 
 
@@ -130,32 +173,102 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | Non
     _check_format(payload)
     state = dict(checkpoint["state_dict"])
     found = list(places(module))
+    stored = storages(module)
+    if not found:
+        _keep_quantized(state, payload, stored)
     if found:
         _check_same_adapters(payload, module, found)
-    if found or payload["form"] == "adapter":
-        _put_base_back(state, payload, module, found, exact, held or {"base": {}, "adapters": {}})
+    if payload["form"] == "sharded":
+        _drop_adapters(state, payload)
+    elif found or payload["form"] == "adapter":
+        current = module.state_dict()
+        _put_base_back(state, payload, current, found, exact, held or {"base": {}, "adapters": {}}, stored)
     for place in found:
-        for factor in "AB":
-            state[f"{place.factors}{factor}"] = payload["adapters"][place.name][factor]
-    if not found and payload["form"] == "adapter":
+        for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
+            state[f"{place.factors}{name}"] = value
+    if not found and payload["form"] != "merged":
         fold(state, payload)
     checkpoint["state_dict"] = state
 
 
+def take_in_shards(checkpoint: State, module: nn.Module, exact: bool, before: Mapping[str, Tensor]) -> None:
+    """:func:`take_in` where the weights of the file have been loaded into the parts of ``module`` already.
+
+    All processes call this together. One weight after another is gathered.
+
+    Args:
+        checkpoint: The rest of Lightning's dictionary, without ``state_dict``.
+        module: The LightningModule, adapted or plain.
+        exact: As for :func:`take_in`.
+        before: Key in the state of ``module`` -> what this process held of that weight before it was loaded.
+    """
+    if (payload := checkpoint.get(KEY)) is None:
+        return
+    _check_format(payload)
+    shards.reshard(module)
+    state = shards.Whole(module.state_dict())
+    found = list(places(module))
+    if found:
+        _check_same_adapters(payload, module, found)
+        if payload["form"] == "merged":
+            _put_base_back(state, payload, shards.Whole(before), found, exact, {"base": {}, "adapters": {}}, {})
+    for place in found:
+        for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
+            state[f"{place.factors}{name}"] = value
+    if not found and payload["form"] == "sharded":
+        once = dict(module.named_parameters())  # a shared weight by one of its names
+        for name, entry in payload["adapters"].items():
+            if (key := weight_key(name, state)) in once:
+                state[key] = Adapter.from_state(entry).folded_into(state[key])
+
+
+def as_merged(checkpoint: State) -> State:
+    """The merged checkpoint, with the plain model's ``state_dict``, of one that was sharded and then consolidated.
+
+    For what ``python -m lightning.fabric.utilities.consolidate_checkpoint`` makes of a folder that
+    ``ModelParallelStrategy(save_distributed_checkpoint=True)`` has written.
+    """
+    payload: State = checkpoint.get(KEY, {})
+    _check_format(payload)
+    if payload["form"] != "sharded":
+        raise ValueError(f"The checkpoint was not sharded: its form is {payload['form']!r}.")
+    state = dict(checkpoint["state_dict"])
+    _drop_adapters(state, payload)
+    fold(state, payload)
+    return {**checkpoint, "state_dict": state, KEY: {**payload, "form": "merged"}}
+
+
+def _drop_adapters(state: State, payload: State) -> None:
+    """Leaves W0 in ``state``, which was sharded; the adapters are in ``payload`` too."""
+    for name, entry in payload["adapters"].items():
+        for factor in entry:
+            state.pop(f"{name}.lora.{factor}", None)
+
+
 def _put_base_back(
-    state: State, payload: State, module: nn.Module, found: list[Place], exact: bool, held: State
+    state: MutableMapping[str, Any],
+    payload: State,
+    current: Mapping[str, Tensor],
+    found: list[Place],
+    exact: bool,
+    held: State,
+    stored: Mapping[str, Storage],
 ) -> None:
-    """W0 into ``state`` wherever ``module`` keeps W0: its own if that has the file's fingerprint, else recovered."""
-    wanted = {place.key for place in found if not place.host.holds_increment}
+    """W0 into ``state`` wherever a module keeps W0: ``current`` if that has the file's fingerprint, else recovered."""
+    wanted = {place.key for place in found if not place.host.holds_increment} | stored.keys()
     if payload["form"] == "adapter":
         wanted |= set(payload["base"])
-    current = module.state_dict()
     entries = {weight_key(name, current): entry for name, entry in payload["adapters"].items()}
     folded = {weight_key(name, current): entry for name, entry in held["adapters"].items()}
     others: list[str] = []
     for key in sorted(wanted):
         expected = payload["base"].get(key, "")
-        if key in current and fingerprint(current[key].to(_dtype_of(expected))) == expected:
+        if key in stored:
+            if stored[key].has(expected):
+                state[key] = stored[key].weight.detach()
+            else:
+                others.append(key)
+        elif key in current and fingerprint(current[key].to(_dtype_of(expected))) == expected:
             state[key] = current[key].to(_dtype_of(expected))
         elif not found and key in folded and held["base"].get(key) == expected:
             state[key], _ = Adapter.from_state(folded[key]).folded_out_of(current[key])
@@ -168,9 +281,19 @@ def _put_base_back(
             f"The checkpoint holds adapters only, and {_listed(others)} of this module are not the weights they were"
             " trained on. Load the same pretrained weights first."
         )
+    if quantized := [key for key in others if key in stored]:
+        difference = _differ(payload["base"].get(quantized[0]), stored[quantized[0]].fingerprint())
+        raise MisconfigurationException(
+            f"{_listed(quantized)} of this module are quantised, and not what the checkpoint was trained on:"
+            f" {difference}. What is quantised cannot be recovered from merged weights. Build the module on the same"
+            " pretrained weights, quantised in the same way and on the same kind of device."
+        )
     if any(key in payload["base"] for key in others):
         reason = f"The checkpoint was trained on other weights than this module has in {_listed(others)}"
         remedy, with_error = "build the module on the same pretrained weights", "with an error"
+        bases = [payload["base"].get(key, "") for key in others]
+        if kinds := sorted({base.split(":")[2] for base in bases if is_quantized(base)}):
+            remedy += f", quantised as they were ({', '.join(kinds)}; `pip install 'lightning-lora[quantization]'`)"
     else:
         reason = f"The checkpoint's run held the increments in the weights, and this one needs W0 in {_listed(others)}"
         # what each step was rounded by stays in W0
@@ -192,6 +315,27 @@ def _put_base_back(
     )
 
 
+def _differ(expected: str | None, here: str) -> str:
+    """In what two fingerprints differ, as far as it can be told."""
+    if expected is None:
+        return "it was trained with the increment in the weight"
+    then, now = ("plain" if not is_quantized(value) else value.split(":")[2] for value in (expected, here))
+    return f"that was {then}, this is {now}" if then != now else f"both are {now}, of other values"
+
+
+def _keep_quantized(state: State, payload: State, stored: Mapping[str, Storage]) -> None:
+    """Leaves quantised layers of a module without adapters as they are; merged weights do not go into them."""
+    adapted = {weight_key(name, stored) for name in payload["adapters"]}
+    others = [key for key in stored if key in adapted or not stored[key].has(payload["base"].get(key, ""))]
+    if others:
+        raise MisconfigurationException(
+            f"{_listed(others)} of this module are quantised, and cannot hold the increments in the checkpoint. To"
+            " evaluate it, load a file of `checkpoint='merged'` into the plain module, and quantise that if you like;"
+            " or give it to the Trainer that ran `fit`, whose module is plain now."
+        )
+    state.update({key: layer.weight.detach() for key, layer in stored.items()})
+
+
 def _check_format(payload: Any) -> None:
     """That ``payload``, read from a file, is what :func:`take_apart` makes."""
     version = payload.get("version") if isinstance(payload, Mapping) else None
@@ -208,7 +352,7 @@ def _check_format(payload: Any) -> None:
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: `{field}` is missing or no {kind.__name__}."
             )
-    check_choice(f"{KEY}.form", payload["form"], CHECKPOINTS)
+    check_choice(f"{KEY}.form", payload["form"], (*CHECKPOINTS, "sharded"))
     if not all(isinstance(name, str) for name in payload["trained"]):
         raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: `trained` is not a list of names.")
     for name, entry in payload["adapters"].items():
@@ -216,29 +360,42 @@ def _check_format(payload: Any) -> None:
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: A, B, shape, scale, transposed of {name!r} do not fit."
             )
+        check_choice(f"{KEY}.adapters[{name!r}].decomposition", entry["decomposition"], tuple(DECOMPOSITIONS))
     for key, expected in payload["base"].items():
         if not isinstance(expected, str) or not isinstance(_dtype_of(expected), torch.dtype):
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: the fingerprint of {key!r} is {expected!r}."
             )
-        if payload["form"] == "merged" and not {key, key.removesuffix(".weight")} & payload["adapters"].keys():
+        adapted = {key, key.removesuffix(".weight")} & payload["adapters"].keys()
+        if payload["form"] != "adapter" and not adapted and not is_quantized(expected):
             raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {key!r} in `base` has no adapter.")
 
 
 def _is_adapter(entry: Mapping[str, Any]) -> bool:
-    """Whether the fields of ``entry`` have their types, and A and B the shapes that the weight's asks for."""
-    kinds = {"A": Tensor, "B": Tensor, "shape": list, "scale": float, "transposed": bool}
-    if entry.keys() != kinds.keys() or not all(isinstance(entry[field], kind) for field, kind in kinds.items()):
+    """Whether the fields of ``entry`` have their types, and its factors the shapes that the weight's asks for."""
+    kinds = {"B": Tensor, "shape": list, "scale": float, "transposed": bool, "decomposition": str, "key": str}
+    kinds |= {"steps": int, "drawn_at": int}
+    if not all(isinstance(entry.get(field), kind) for field, kind in kinds.items()):
         return False
-    A, B, shape = entry["A"], entry["B"], entry["shape"]
-    if not all(isinstance(side, int) and side > 0 for side in shape) or A.dim() not in (2, 3) or A.dim() > len(shape):
+    tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
+    shape, resample, B = entry["shape"], entry.get("resample"), entry["B"]
+    if entry.keys() != {*kinds, *tensors, "resample"} or resample not in (None, *RESAMPLES):
         return False
-    if not math.isfinite(entry["scale"]):
+    if not all(isinstance(side, int) and side > 0 for side in shape) or B.dim() not in (2, 3) or B.dim() > len(shape):
         return False
-    stack, m, n = shape[: A.dim() - 2], shape[A.dim() - 2], math.prod(shape[A.dim() - 1 :])
+    if not math.isfinite(entry["scale"]) or not 0 <= entry["drawn_at"] <= entry["steps"]:
+        return False
+    stack, m, n = shape[: B.dim() - 2], shape[B.dim() - 2], math.prod(shape[B.dim() - 1 :])
     m, n = (n, m) if entry["transposed"] else (m, n)
-    fits = list(A.shape) == [*stack, A.shape[-2], n] and list(B.shape) == [*stack, A.shape[-2], m]
-    return fits and A.is_floating_point() and A.dtype == B.dtype
+    sides = {"B": m, "B0": m, **({"A": n} if resample != "A" else {}), "A0": n}
+    if not sides.keys() - {"A0", "B0"} <= tensors.keys() or ("A0" in tensors) != ("B0" in tensors):
+        return False
+    fits = all(
+        list(tensors[name].shape) == [*stack, B.shape[-2], side] and tensors[name].dtype == B.dtype
+        for name, side in sides.items()
+        if name in tensors
+    )
+    return fits and all(tensor.is_floating_point() for tensor in tensors.values())
 
 
 def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) -> None:
@@ -256,15 +413,17 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
         )
     for name, given in here.items():
         entry = saved[name]
+        tensors = given.saved()
+        then_tensors = {field: entry[field] for field in tensors if field in entry}
         for what, now, then in (
-            ("rank", given.rank, entry["A"].shape[-2]),
-            (
-                "shapes",
-                [tuple(given.A.shape), tuple(given.B.shape)],
-                [tuple(entry["A"].shape), tuple(entry["B"].shape)],
-            ),
+            ("decomposition", given.decomposition, entry["decomposition"]),
+            ("resample", given.resample, entry["resample"]),
+            ("the seed and name", given.resample and given.key, given.resample and entry["key"]),
+            ("rank", given.rank, entry["B"].shape[-2]),
+            ("tensors", sorted(tensors), sorted(then_tensors)),
+            ("shapes", _shapes(tensors), _shapes(then_tensors)),
             ("scale", given.scale, entry["scale"]),
-            ("dtype", given.A.dtype, entry["A"].dtype),
+            ("dtype", given.A.dtype, entry["B"].dtype),
         ):
             if now != then:
                 raise MisconfigurationException(
@@ -277,6 +436,10 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
             f"Besides the adapters, the checkpoint trained {_listed(payload['trained'])} and this run trains"
             f" {_listed(names)}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
         )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensors[name].shape) for name in sorted(tensors)}
 
 
 def _dtype_of(expected: str) -> torch.dtype:

@@ -1,5 +1,23 @@
-"""What all tests share: one thread, so that sums are formed in one order on every machine."""
+"""What all tests share: one thread, so that sums are formed in one order on every machine, and no trace of a launch."""
 
+import os
+
+import pytest
 import torch
+import torch.distributed as dist
 
 torch.set_num_threads(1)
+
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK")
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_a_launch():
+    """Lightning's launchers leave their variables in the environment, and a later launch takes itself for launched."""
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    yield
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -70,6 +70,9 @@ class Watch(Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         self.trained = {name: p.numel() * p.itemsize for name, p in pl_module.named_parameters() if p.requires_grad}
         self.adapted = digest(pl_module.state_dict())
+        (lora,) = (callback for callback in trainer.callbacks if isinstance(callback, LoRA))
+        self.communicated = [lora.memory.lora.communicated, lora.memory.full.communicated]
+        self.in_full = lora.memory.full.parameters
 
 
 def train(folder: Path, name: str, devices: int) -> tuple[Watch, Images]:
@@ -100,7 +103,7 @@ def main(folder: Path) -> None:
     for name in RUNS:
         print(f"start of {name!r}", flush=True)
         watch, model = train(folder, name, devices=2)
-        seen = {key: vars(watch)[key] for key in ("losses", "reduced", "trained", "adapted")}
+        seen = {key: vars(watch)[key] for key in ("losses", "reduced", "trained", "adapted", "communicated", "in_full")}
         seen["weights"] = digest(model.state_dict())
         (folder / f"{name}-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(seen))
         if os.environ["LOCAL_RANK"] == "0":

@@ -163,7 +163,9 @@ def digest(value) -> str:
     sha = hashlib.sha256()
 
     def update(value) -> None:
-        if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            update([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif isinstance(value, Tensor):
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):

@@ -183,7 +183,7 @@ class ShardingStrategy(Strategy):
 
 
 def test_strategies_that_are_not_supported_are_refused_by_name(tmp_path):
-    match = ["LoRA does not support ShardingStrategy", "SingleDeviceStrategy and DDPStrategy"]
+    match = ["LoRA does not support ShardingStrategy", "SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy"]
     strategy = ShardingStrategy()
     refused(tmp_path, Net(), LoRA(rank=2), match=match, strategy=strategy, accelerator="auto")
 
@@ -416,7 +416,10 @@ MALFORMED = {
     "no adapters": (lambda entry: entry.pop("adapters"), "`adapters` is missing"),
     "adapters are a list": (lambda entry: entry.update(adapters=[1]), "`adapters` is missing or no Mapping"),
     "no base": (lambda entry: entry.pop("base"), "`base`"),
-    "an unknown form": (lambda entry: entry.update(form="both"), "must be one of 'merged', 'adapter', got 'both'"),
+    "an unknown form": (
+        lambda entry: entry.update(form="both"),
+        "must be one of 'merged', 'adapter', 'sharded', got 'both'",
+    ),
     "trained is text": (lambda entry: entry.update(trained="x"), "`trained`"),
     "trained holds lists": (lambda entry: entry.update(trained=[["x"]]), "`trained`"),
     "no A": (lambda entry: entry["adapters"]["layers.0"].pop("A"), "'layers.0'"),
