@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 import lightning_lora
 
 Step = Callable[[], None]
+Method = Callable[[nn.Module, int], None]
 
 
 class CausalLMJob:
@@ -154,25 +155,35 @@ def formed(model: nn.Module, rank: int) -> None:
         parametrize.register_parametrization(module, "weight", _Formed(module.weight, rank))
 
 
-def factored(model: nn.Module, rank: int) -> None:
-    """``gradient="factored"`` (seed, eq. lora-2)."""
-    lightning_lora.inject(model, rank=rank, target_modules=target_names(model))
+def ours(**options: Any) -> Method:
+    """This library with ``options``."""
 
+    def method(model: nn.Module, rank: int) -> None:
+        lightning_lora.inject(model, rank=rank, target_modules=target_names(model), **options)
 
-def merged(model: nn.Module, rank: int) -> None:
-    """``gradient="merged"``."""
-    lightning_lora.inject(model, rank=rank, target_modules=target_names(model), gradient="merged")
-
-
-def projected(model: nn.Module, rank: int) -> None:
-    """``gradient="projected"`` (seed, eq. grad-1)."""
-    lightning_lora.inject(model, rank=rank, target_modules=target_names(model), gradient="projected")
+    return method
 
 
 JOBS: dict[str, Callable[[], Any]] = {"llama": llama, "smollm": smollm, "resnet": resnet, "mlp": mlp}
-METHODS: dict[str, Callable[[nn.Module, int], None]] = {
-    f.__name__: f for f in (full, floor, peft, formed, factored, merged, projected)
+METHODS: dict[str, Method] = {
+    "full": full,
+    "floor": floor,
+    "peft": peft,
+    "formed": formed,
+    "factored": ours(),
+    "merged": ours(gradient="merged"),
+    "projected": ours(gradient="projected"),
+    "additive": ours(decomposition="additive"),
+    "additive_merged": ours(decomposition="additive", gradient="merged"),
+    "additive_projected": ours(decomposition="additive", gradient="projected"),
+    "dora": ours(decomposition="dora"),
+    "symmetric": ours(init="symmetric"),
+    "symmetric_merged": ours(init="symmetric", gradient="merged"),
+    "resample_both": ours(gradient="merged", resample_every_n_steps=1, resample_moments="reset"),
+    "resample_A": ours(gradient="merged", resample_every_n_steps=1, resample="A", resample_moments="reset"),
 }
+GRADIENTS = tuple(METHODS)[:7]
+"""What is compared unless other methods are asked for."""
 
 
 def make_model(job: Any, method: str, rank: int) -> nn.Module:
@@ -185,7 +196,7 @@ def make_model(job: Any, method: str, rank: int) -> nn.Module:
 def make_step(job: Any, model: nn.Module) -> Step:
     """One training step: forward, backward, AdamW on whatever requires a gradient."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0) if trained else None
     if optimizer is not None and lightning_lora.adapters(model):
         lightning_lora.attach(model, optimizer)
 

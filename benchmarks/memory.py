@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import JOBS, METHODS, environment, make_model, make_step
+from common import GRADIENTS, JOBS, METHODS, environment, make_model, make_step
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -84,7 +84,7 @@ def in_new_process(*arguments: Any) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(GRADIENTS))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

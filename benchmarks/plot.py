@@ -2,7 +2,8 @@
 
     python benchmarks/plot.py docs/benchmarks
 
-Reads ``step_time_<job>.json``, ``growth.json`` and ``memory.json``, whichever are there.
+Reads ``step_time_<job>.json``, ``growth.json``, ``memory.json`` and ``learning_resampling_<task>.json``, whichever are
+there.
 """
 
 from __future__ import annotations
@@ -101,6 +102,29 @@ def memory(jobs: dict[str, Any]) -> Figure:
     return figure
 
 
+def learning(results: dict[str, Any], width: int = 10) -> Figure:
+    """The loss over the steps, each point the mean of ``width`` batches, for each way of training."""
+    methods = results["methods"]
+    families = list(dict.fromkeys(name.partition(",")[0] for name in methods))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    shades = {"": "-", "1": "-", "10": "--", "100": ":"}
+    for name, method in methods.items():
+        family, _, k = name.partition(", k = ")
+        colour, _ = list(STYLES.values())[families.index(family)]
+        losses = method["losses"]
+        means = [sum(losses[i : i + width]) / width for i in range(0, len(losses) - width + 1, width)]
+        steps = [i + width / 2 for i in range(0, len(losses) - width + 1, width)]
+        for axes, shown in zip(panels, ("both", "A"), strict=True):
+            if family in ("full", "fixed", shown):
+                axes.plot(steps, means, color=colour, linestyle=shades[k], label=f"{name} (lr {method['lr']:g})")
+    for axes in panels:
+        axes.set_xlabel("steps")
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel(f"loss, mean of {width} batches")
+    panels[0].set_ylim(top=1.1 * results["before"])
+    return figure
+
+
 def save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -122,6 +146,9 @@ def main() -> None:
     for what in GROWTH:
         if what in read.get("growth", {}):
             save(growth(what, read["growth"][what], read["growth"]["fixed"]), folder / f"growth_{what}.png")
+    for task in ("lm", "digits"):
+        if f"learning_resampling_{task}" in read:
+            save(learning(read[f"learning_resampling_{task}"]), folder / f"learning_resampling_{task}.png")
     if "memory" in read:
         save(memory(read["memory"]["jobs"]), folder / "memory.png")
 

@@ -15,13 +15,23 @@ import random
 from pathlib import Path
 
 import torch
-from common import JOBS, METHODS, environment, make_model, make_step, make_validation_step, measure, summarize
+from common import (
+    GRADIENTS,
+    JOBS,
+    METHODS,
+    environment,
+    make_model,
+    make_step,
+    make_validation_step,
+    measure,
+    summarize,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=JOBS, default="llama")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(GRADIENTS))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--validation", action="store_true", help="validation steps, without gradients")
