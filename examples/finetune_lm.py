@@ -7,8 +7,6 @@ The defaults are in ``finetune_lm.yaml`` beside this file. ``--help`` lists ever
 
 import importlib.metadata
 import math
-import resource
-import sys
 import time
 import warnings
 from functools import cached_property
@@ -184,20 +182,6 @@ def continuation(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompt: st
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def memory(optimizer: torch.optim.Optimizer) -> str:
-    """Return what training holds for each trained parameter, and the most memory in use at once until now."""
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [value for state in optimizer.state.values() for value in state.values()]
-    if torch.cuda.is_available():
-        peak, where = torch.cuda.max_memory_allocated(), "allocated on the GPU at the peak"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        where = "resident at the peak, in the whole process from its start"
-    gradients, states = (sum(tensor.nbytes for tensor in tensors) / 2**20 for tensors in (trained, moments))
-    return f"{gradients:.1f} MiB of gradients, {states:.1f} MiB of optimizer state; {peak / 2**20:.0f} MiB {where}"
-
-
 def main() -> None:
     """Measure, fine-tune, load the merged checkpoint into the plain model, and measure that."""
     config = Path(__file__).with_suffix(".yaml")
@@ -216,9 +200,11 @@ def main() -> None:
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start
-    memory_used = memory(trainer.optimizers[0])
 
     checkpoint = trainer.checkpoint_callback.best_model_path
+    memory = next(callback.memory for callback in trainer.callbacks if isinstance(callback, LoRA))
+    picture = Path(checkpoint).with_name("memory.png")
+    memory.plot()[0].savefig(picture)
     merged = CausalLM.load_from_checkpoint(checkpoint)
     perplexity_after = perplexity(trainer, merged, data)
     text_after = continuation(merged, data.tokenizer, cli.config.prompt)
@@ -233,8 +219,10 @@ def main() -> None:
 
 held-out perplexity  {perplexity_before:.2f} before, {perplexity_after:.2f} after
 training             {trainer.global_step} steps in {seconds:.0f} s, merging and saving included
-memory               {memory_used}
-merged checkpoint    {checkpoint}"""
+merged checkpoint    {checkpoint}
+memory in a picture  {picture}
+
+{memory}"""
     )
 
 
