@@ -2,6 +2,8 @@
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning's launchers choose a number, for this process and its children
+
 import pytest
 import torch
 import torch.distributed as dist
