@@ -50,7 +50,7 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 def dequantized(layer: nn.Module) -> Tensor:
     """The weight in float64, by the library's own functions where it has one."""
     weight = layer._parameters["weight"]
-    if hasattr(weight, "dequantize") and hasattr(weight, "qdata"):
+    if type(weight).__module__.startswith("torchao"):
         return weight.dequantize().double()
     import bitsandbytes as bnb
 

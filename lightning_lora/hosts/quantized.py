@@ -193,7 +193,8 @@ class TorchAO(Storage):
         return self.weight.dtype
 
     def trouble(self) -> str | None:
-        if not hasattr(self.weight, "dequantize") or getattr(self.weight, "act_quant_kwargs", None) is not None:
+        marks = ("act_quant_kwargs", "input_quant_func")  # of torchao's tensors, the second up to its version 0.14
+        if any(getattr(self.weight.data, mark, None) is not None for mark in marks):
             return (
                 f"is a {self.name} that quantises the activations too, through which no gradient passes. Use a"
                 " configuration of torchao that quantises the weight only, such as `Int8WeightOnlyConfig`"
