@@ -1,15 +1,16 @@
-"""A run in every gradient by ``Trainer(strategy="ddp", devices=2)``; each process writes what it has seen.
+"""Runs by two processes of ``Trainer(devices=2)``; each process writes what it has seen.
 
-As a program: Lightning starts it a second time for the second process.
+As a program: Lightning starts it a second time for the second process, or forks or spawns both.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from models import digest
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -17,20 +18,49 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import LoRA
 
+GRADIENTS = ("factored", "merged", "projected")
+EVERY_STEP = {"gradient": "merged", "resample_every_n_steps": 1}
+HALVES = {"precision": "bf16-true", "accumulate_grad_batches": 2}
+
 RUNS = {
-    **{gradient: {"lora": {"gradient": gradient}, "trainer": {}} for gradient in ("factored", "merged", "projected")},
-    "bf16-true, accumulated": {
-        "lora": {"gradient": "merged"},
-        "trainer": {"precision": "bf16-true", "accumulate_grad_batches": 2},
+    **{gradient: {"lora": {"gradient": gradient}} for gradient in GRADIENTS},
+    "bf16-true, accumulated": {"lora": {"gradient": "merged"}, "trainer": HALVES},
+    **{
+        f"{gradient}, a branch unused": {
+            "lora": {"gradient": gradient},
+            "strategy": "ddp_find_unused_parameters_true",
+            "branches": True,
+        }
+        for gradient in GRADIENTS
     },
+    **{
+        f"{gradient}, static graph": {
+            "lora": {"gradient": gradient},
+            "strategy": DDPStrategy(static_graph=True, gradient_as_bucket_view=True),
+        }
+        for gradient in GRADIENTS
+    },
+    **{f"{gradient}, forked": {"lora": {"gradient": gradient}, "strategy": "ddp_fork"} for gradient in GRADIENTS},
+    "merged, spawned": {"lora": {"gradient": "merged"}, "strategy": "ddp_spawn"},
+    "both": {"lora": EVERY_STEP},
+    "A": {"lora": {**EVERY_STEP, "resample": "A"}},
+    "both, projected, every 2": {"lora": {"gradient": "projected", "resample_every_n_steps": 2}},
+    "A, bf16-true, accumulated": {"lora": {**EVERY_STEP, "resample": "A"}, "trainer": HALVES},
+    "A, forked": {"lora": {**EVERY_STEP, "resample": "A"}, "strategy": "ddp_fork"},
 }
+RUNS |= {
+    f"{name}, resumed": {**RUNS[name], "resumes": name} for name in (*GRADIENTS, "bf16-true, accumulated", "both", "A")
+}
+"""By name: options of the callback and of the Trainer; the strategy; whether a layer is left out of each other batch;
+the run whose file after the first epoch is resumed."""
 
 
 class Images(LightningModule):
     """Convolutions, attention, a Linear, and a head that is trained in full; plain SGD."""
 
-    def __init__(self) -> None:
+    def __init__(self, branches: bool = False) -> None:
         super().__init__()
+        self.branches = branches
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.conv = nn.Conv1d(1, 8, 3, padding=1)
@@ -42,14 +72,33 @@ class Images(LightningModule):
         x, y = batch
         h = torch.tanh(self.conv(x[:, None])).mT
         h = h + self.attention(h, h, h, need_weights=False)[0]
-        return nn.functional.mse_loss(self.head(torch.tanh(self.linear(h)).mean(1)), y)
+        if not (self.branches and batch_idx % 2):
+            h = torch.tanh(self.linear(h))
+        return nn.functional.mse_loss(self.head(h.mean(1)), y)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
+class Batches(LightningDataModule):
+    """6 batches of 4: whole for one process, in halves for two."""
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        dataset = TensorDataset(torch.randn(24, 8, generator=generator), torch.randn(24, 4, generator=generator))
+        n = self.trainer.world_size
+        sampler = DistributedSampler(dataset, num_replicas=n, rank=self.trainer.global_rank, shuffle=False)
+        return DataLoader(dataset, batch_size=4 // n, sampler=sampler)
+
+
 class Watch(Callback):
-    """The losses, the bytes that are reduced after each batch and whose they are, and what is trained at the end."""
+    """The losses, the bytes that are reduced after each batch and whose they are, and what is trained at the end.
+
+    Each process writes that to a file of its own when the run is over, if it has a folder.
+    """
+
+    def __init__(self, folder: Path | None = None, name: str = "") -> None:
+        self.folder, self.name = folder, name
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.losses: list[float] = []
@@ -69,46 +118,59 @@ class Watch(Callback):
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.trained = {name: p.numel() * p.itemsize for name, p in pl_module.named_parameters() if p.requires_grad}
-        self.adapted = digest(pl_module.state_dict())
+        self.adapted = digest([pl_module.state_dict(), [o.state_dict() for o in trainer.optimizers]])
         (lora,) = (callback for callback in trainer.callbacks if isinstance(callback, LoRA))
         self.communicated = [lora.memory.lora.communicated, lora.memory.full.communicated]
         self.in_full = lora.memory.full.parameters
 
+    def teardown(self, trainer, pl_module, stage) -> None:
+        """The module is plain again."""
+        if self.folder is None:
+            return
+        keys = ("losses", "reduced", "trained", "adapted", "communicated", "in_full")
+        seen = {key: vars(self)[key] for key in keys} | {"weights": digest(pl_module.state_dict())}
+        (self.folder / f"{self.name}-{trainer.global_rank}.json").write_text(json.dumps(seen))
+        if trainer.is_global_zero:
+            torch.save(pl_module.state_dict(), self.folder / f"{self.name}.pt")
 
-def train(folder: Path, name: str, devices: int) -> tuple[Watch, Images]:
-    """One epoch of 6 batches of 4: in one process, or in halves of 2 by two."""
-    generator = torch.Generator().manual_seed(0)
-    dataset = TensorDataset(torch.randn(24, 8, generator=generator), torch.randn(24, 4, generator=generator))
-    rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
-    sampler = DistributedSampler(dataset, num_replicas=devices, rank=rank, shuffle=False)
-    watch, model = Watch(), Images()
-    lora = LoRA(rank=2, target_modules=["conv", "attention", "linear"], modules_to_save=["head"], **RUNS[name]["lora"])
+
+def train(folder: Path, name: str, devices: int, file: Path | None = None) -> tuple[Watch, Images]:
+    """Two epochs, or the second alone from a file of the first."""
+    run = RUNS[name]
+    watch, model = Watch(folder if devices > 1 else None, name), Images(run.get("branches", False))
+    lora = LoRA(rank=2, target_modules=["conv", "attention", "linear"], modules_to_save=["head"], **run["lora"])
     Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=run.get("strategy", "ddp") if devices > 1 else "auto",
         devices=devices,
         use_distributed_sampler=False,
-        max_epochs=1,
+        max_epochs=2,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[lora, watch],
-        **RUNS[name]["trainer"],
-    ).fit(model, DataLoader(dataset, batch_size=4 // devices, sampler=sampler))
+        callbacks=[lora, watch, ModelCheckpoint(folder, filename=name + " {epoch}", save_top_k=-1)],
+        **run.get("trainer", {}),
+    ).fit(model, Batches(), ckpt_path=file)
     return watch, model
 
 
-def main(folder: Path) -> None:
+def file_of(folder: Path, name: str) -> Path:
+    """Written after the first epoch."""
+    return folder / f"{name} epoch=0.ckpt"
+
+
+def launched(name: str) -> bool:
+    """Whether the run's processes are made by the one that calls ``fit``, and no program is started again."""
+    return RUNS[name].get("strategy") in ("ddp_spawn", "ddp_fork")
+
+
+def main(folder: Path, makes_processes: bool) -> None:
     for name in RUNS:
-        print(f"start of {name!r}", flush=True)
-        watch, model = train(folder, name, devices=2)
-        seen = {key: vars(watch)[key] for key in ("losses", "reduced", "trained", "adapted", "communicated", "in_full")}
-        seen["weights"] = digest(model.state_dict())
-        (folder / f"{name}-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(seen))
-        if os.environ["LOCAL_RANK"] == "0":
-            torch.save(model.state_dict(), folder / f"{name}.pt")
+        if launched(name) == makes_processes:
+            print(f"start of {name!r}", flush=True)
+            resumes = RUNS[name].get("resumes")
+            train(folder, name, 2, file_of(folder, resumes) if resumes else None)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] == "makes-processes")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import RUNS, train
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
@@ -611,56 +610,6 @@ def test_a_loop_by_torch_or_fabric_gives_the_trainers_bits(gradient, loop, tmp_p
     seen, model = Losses(), Zoo()
     trainer(tmp_path, lora(Zoo, gradient), seen, max_epochs=2).fit(model, data())
     assert by_hand(gradient, loop) == (seen.values, digest(model.state_dict()))
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What each of two processes has seen in every run, what both have printed, and where the weights are."""
-    folder = tmp_path_factory.mktemp("ddp")
-    printed = printed_by_a_new_process("-W", "ignore", str(HERE / "distributed.py"), str(folder))
-    seen = {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in RUNS}
-    return seen, printed, folder
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_two_processes_equal_one_on_the_same_batches(gradient, processes, tmp_path):
-    seen, _, folder = processes
-    watch, model = train(tmp_path, gradient, devices=1)
-    both = [sum(pair) / 2 for pair in zip(*(process["losses"] for process in seen[gradient]), strict=True)]
-    assert len(both) == 6
-    assert seen[gradient][0]["losses"] != seen[gradient][1]["losses"]
-    assert both == pytest.approx(watch.losses, rel=1e-6)
-    weights = read(folder / f"{gradient}.pt")
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-6)
-    assert (model.linear.weight - type(model)().linear.weight).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_all_processes_end_with_the_same_bits(name, processes):
-    first, second = processes[0][name]
-    assert first["adapted"] == second["adapted"]
-    assert first["weights"] == second["weights"]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_only_what_is_trained_crosses_the_wire(name, processes):
-    for process in processes[0][name]:
-        trained = process["trained"]
-        factors = {key for key in trained if ".lora." in key}
-        assert set(trained) - factors == {"head.weight", "head.bias"}
-        assert len(factors) == 8
-        n_steps = 3 if "accumulated" in name else 6
-        assert sum(size for size, _ in process["reduced"]) == n_steps * sum(trained.values())
-        assert sorted(key for _, keys in process["reduced"] for key in keys) == sorted(n_steps * list(trained))
-        assert process["communicated"] == [sum(trained.values()), process["in_full"]]
-
-
-def test_only_the_first_of_the_processes_prints_the_table(processes):
-    _, printed, _ = processes
-    printed = "".join(printed)  # the lines of two processes may be mixed
-    assert printed.count("start of") == 2 * len(RUNS)
-    assert printed.count("Adapted modules") == printed.count("Full fine-tuning") == len(RUNS)
 
 
 # ---------------------------------------------------------------------------------------------- the callback's own work

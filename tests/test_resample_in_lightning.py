@@ -23,7 +23,6 @@ from models import (
     structure,
     trainer,
 )
-from resampled_distributed import RUNS, train
 from test_bad_input import refused
 from test_checkpoint import printed_by_a_new_process, read
 from torch import nn
@@ -527,50 +526,6 @@ def test_training_with_draws_lowers_the_loss(model, precision, tmp_path):
         callback = lora(model, 1, resample, "projected")
         trainer(tmp_path, callback, draws, max_epochs=3, precision=precision).fit(with_optimizer(model, "Adam"), data())
         assert sum(draws.losses[-8:]) < sum(draws.losses[:8])
-
-
-# ------------------------------------------------------------------------------------------------ many processes
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What each of two processes has seen in every run, and where the weights are."""
-    folder = tmp_path_factory.mktemp("ddp")
-    printed_by_a_new_process("-W", "ignore", str(HERE / "resampled_distributed.py"), str(folder))
-    seen = {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in RUNS}
-    return seen, folder
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if "bf16" not in name])
-def test_two_processes_equal_one_on_the_same_batches(name, processes, tmp_path):
-    seen, folder = processes
-    watch, model = train(tmp_path, name, devices=1)
-    both = [sum(pair) / 2 for pair in zip(*(process["losses"] for process in seen[name]), strict=True)]
-    assert seen[name][0]["losses"] != seen[name][1]["losses"]
-    assert both == pytest.approx(watch.losses, rel=1e-6)
-    weights = read(folder / f"{name}.pt")
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-6)
-    assert (model.linear.weight - type(model)().linear.weight).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_all_processes_end_with_the_same_bits(name, processes):
-    first, second = processes[0][name]
-    assert first["adapted"] == second["adapted"]
-    assert first["weights"] == second["weights"]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_of_the_one_sided_form_only_the_gradients_of_b_cross_the_wire(name, processes):
-    for process in processes[0][name]:
-        trained = process["trained"]
-        factors = {key for key in trained if ".lora." in key}
-        assert set(trained) - factors == {"head.weight", "head.bias"}
-        assert {key.rpartition(".")[2] for key in factors} == ({"B"} if name.startswith("A") else {"A", "B"})
-        n_steps = 3 if "accumulated" in name else 6
-        assert sum(size for size, _ in process["reduced"]) == n_steps * sum(trained.values())
-        assert sorted(key for _, keys in process["reduced"] for key in keys) == sorted(n_steps * list(trained))
 
 
 # ------------------------------------------------------------------------------------------------ refused by name
