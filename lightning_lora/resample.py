@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_lora.adapters import Adapter
 
@@ -57,10 +57,17 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
         if factor not in optimizer.state:
             continue
         if moments == "reset":
-            del optimizer.state[factor]
+            _forget(optimizer, factor)
         elif moments == "transfer":
             with torch.autocast(factor.device.type, enabled=False):  # which is on in a manual optimization's step
                 _transfer(optimizer.state[factor], old, new)
+
+
+def _forget(optimizer: Optimizer, factor: nn.Parameter) -> None:
+    """Leaves the state that a new optimizer has: none, but for Adagrad, which fills it at once in some torch versions."""
+    del optimizer.state[factor]
+    if isinstance(optimizer, Adagrad):
+        optimizer.state.update(Adagrad([factor], **optimizer.defaults).state)
 
 
 def _transfer(state: dict[str, Any], old: Tensor, new: Tensor) -> None:

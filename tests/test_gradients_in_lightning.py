@@ -23,6 +23,7 @@ from models import (
     batches,
     data,
     digest,
+    needs_a_whole_finder,
     structure,
     trainer,
 )
@@ -469,6 +470,7 @@ class FailsLate(Net):
         return super().training_step(batch, batch_idx)
 
 
+@needs_a_whole_finder
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_an_exception_while_the_finder_trains_leaves_the_module_as_it_was(gradient, tmp_path):
     model = FailsLate()

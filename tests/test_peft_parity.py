@@ -4,11 +4,11 @@ import copy
 import math
 import warnings
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, LoraGAConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import adapters, attach, inject, merge
@@ -276,11 +276,12 @@ def test_lora_ga_from_the_start_of_peft_gives_its_losses(gradient):
     """PEFT takes the same singular vectors of the gradient, and then multiplies B by the singular values and leaves A
     at unit length; the paper (eq. 8) has neither, and both factors scaled by m^(1/4) / sqrt(gamma). So its start is
     taken over for the losses, and the directions alone are compared with those of ours."""
+    loraga = pytest.importorskip("peft.tuners.lora.loraga", reason="from PEFT 0.19")
     torch.manual_seed(0)
     base = llama()
     twin, drafted = copy.deepcopy(base), copy.deepcopy(base)
     config = LoraConfig(
-        r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+        r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
     )
     config.target_modules = [name for name, m in twin.named_modules() if isinstance(m, torch.nn.Linear)]
     config.target_modules.remove("lm_head")
@@ -295,7 +296,7 @@ def test_lora_ga_from_the_start_of_peft_gives_its_losses(gradient):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        preprocess_loraga(twin, config, train_step)
+        loraga.preprocess_loraga(twin, config, train_step)
         exact = {name: twin.get_submodule(name)._peft_loraga_grad for name in config.target_modules}
         theirs = get_peft_model(twin, config)
 

@@ -20,6 +20,7 @@ from models import (
     batches,
     data,
     digest,
+    needs_a_whole_finder,
     structure,
     trainer,
 )
@@ -379,6 +380,7 @@ def states_after(tmp_path, *callbacks, tune=None, **options):
     return ends.module, ends.optimizers, ends.counts, draws.steps, draws.at, draws.losses
 
 
+@needs_a_whole_finder
 @pytest.mark.parametrize("resample", FORMS)
 def test_a_learning_rate_finder_leaves_no_step_and_no_draw_behind(resample, tmp_path):
     expected = states_after(tmp_path, resample=resample)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ class ParameterHost(Host):
 
     @staticmethod
     def reader(name: str) -> property:
-        return property(_flat_weights, _set_flat_weights) if name == "_flat_weights" else property(_Reader(name))
+        return property(_flat_weights, _set_flat_weights) if name == "_flat_weights" else property(_reader(name))
 
     def adapted(self) -> Mapping[str, Adapter]:
         return cast(Mapping[str, Adapter], dict(self.lora.items()))
@@ -34,16 +34,15 @@ class ParameterHost(Host):
         return f"lora.{parameter}."
 
 
-class _Reader:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, host: ParameterHost) -> Tensor:
-        weight = host._parameters[self.name]
+def _reader(name: str) -> Callable[[ParameterHost], Tensor]:
+    def read(host: ParameterHost) -> Tensor:
+        weight = host._parameters[name]
         assert weight is not None
         if not torch.is_grad_enabled():
             return weight
-        return projected.read(weight, cast(Adapter, host.lora[self.name]))
+        return projected.read(weight, cast(Adapter, host.lora[name]))
+
+    return read
 
 
 def _flat_weights(rnn: Any) -> list[Tensor]:
