@@ -64,7 +64,7 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
 
 
 def _forget(optimizer: Optimizer, factor: nn.Parameter) -> None:
-    """Leaves the state that a new optimizer has: none, but for Adagrad, which fills it at once before torch 2.13."""
+    """Leaves the state that a new optimizer has: none, but for Adagrad, which fills it at once."""
     del optimizer.state[factor]
     if isinstance(optimizer, Adagrad):
         optimizer.state.update(Adagrad([factor], **optimizer.defaults).state)
