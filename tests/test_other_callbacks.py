@@ -570,3 +570,467 @@ def test_a_size_is_found_in_evaluation_and_the_weights_stay_those_of_the_file(fu
     assert model.batch_size == made.optimal_batch_size > 2
     assert digest(model.state_dict()) == digest(expected.state_dict())
     assert structure(model) == before
+
+
+# --------------------------------------------------------------------------------- files, whichever callback writes them
+
+
+def fit_in_epochs(folder, mode, *others, epochs, ckpt_path=None, model=Net):
+    """Batches from a loader that goes on in mid-epoch, and validation; what training ended with."""
+    lora, options = WRITTEN_IN[mode]
+    ends = Digest()
+    run = trainer(folder, LoRA(**lora), *others, ends, max_epochs=epochs, **options)
+    run.fit(model(), ResumableLoader(), data(1), ckpt_path=ckpt_path)
+    return ends.module, ends.optimizers, ends.steps
+
+
+class Adam(Net):
+    """Without decay, which moments that are drawn anew cannot have."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+class FailsAt11(Adam):
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 11:
+            raise RuntimeError("step 11 fails")
+        return super().training_step(batch, batch_idx)
+
+
+WRITTEN_IN = {**MODES, "resampled-bf16-true": RESAMPLED["resampled-bf16-true"]}
+
+
+@pytest.fixture(scope="module")
+def three_epochs(tmp_path_factory):
+    """What each mode ends with after three epochs without any other callback."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {mode: fit_in_epochs(folder, mode, epochs=3, model=Adam) for mode in WRITTEN_IN}
+
+
+OPTIONS_OF_MODEL_CHECKPOINT: dict[str, tuple[dict, int]] = {
+    "best two": ({"monitor": "val_loss", "save_top_k": 2}, 2),
+    "best and last": ({"monitor": "val_loss", "mode": "max", "save_last": True}, 2),
+    "last is a link": ({"save_top_k": -1, "save_last": "link"}, 3),
+    "every five steps": ({"every_n_train_steps": 5, "save_top_k": -1}, 3),
+    "every five steps, best": ({"every_n_train_steps": 5, "monitor": "loss", "save_top_k": 2}, 2),
+    "every eight steps, when validated": (
+        {"every_n_train_steps": 8, "monitor": "val_loss", "save_top_k": -1, "save_on_train_epoch_end": False},
+        2,
+    ),
+    "after every interval": ({"train_time_interval": timedelta(0), "save_top_k": -1}, 16),
+    "before validation is over": ({"save_on_train_epoch_end": True, "save_top_k": -1}, 2),
+    "after validation": ({"save_on_train_epoch_end": False, "save_top_k": -1}, 2),
+}
+"""Name -> options, and how many files two epochs leave."""
+
+
+@pytest.mark.parametrize("mode", ["factored", "merged-bf16-true"])
+@pytest.mark.parametrize("name", OPTIONS_OF_MODEL_CHECKPOINT)
+def test_every_file_of_model_checkpoint_is_plain_and_resumes_bitwise(name, mode, three_epochs, tmp_path):
+    options, n_files = OPTIONS_OF_MODEL_CHECKPOINT[name]
+
+    def writer(folder: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / folder, **options)
+
+    fit_in_epochs(tmp_path, mode, writer("written"), epochs=2, model=Adam)
+    files = sorted((tmp_path / "written").iterdir())
+    assert len(files) == n_files
+    for file in files[:: max(1, len(files) // 3)]:
+        Net().load_state_dict(read(file)["state_dict"])
+        with pytest.warns(UserWarning, match="The dirpath has changed"):
+            ends = fit_in_epochs(tmp_path, mode, writer("more"), epochs=3, ckpt_path=file, model=Adam)
+        assert ends == three_epochs[mode], file.name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_files_of_weights_only_hold_the_weights_of_full_ones(mode, tmp_path):
+    full = ModelCheckpoint(tmp_path / "full", every_n_train_steps=5, save_top_k=-1)
+    only = ModelCheckpoint(tmp_path / "only", every_n_train_steps=5, save_top_k=-1, mode="max", save_weights_only=True)
+    fit_in_epochs(tmp_path, mode, full, only, epochs=2, model=Adam)
+    files = sorted((tmp_path / "full").iterdir())
+    assert len(files) == 3
+    for file in files:
+        weights = read(tmp_path / "only" / file.name)
+        assert "optimizer_states" not in weights
+        assert digest(weights["state_dict"]) == digest(read(file)["state_dict"])
+        Net().load_state_dict(weights["state_dict"])
+
+
+class At(Callback):
+    """Calls ``save_checkpoint`` in the hook of a name, the first time in the second epoch or at its end."""
+
+    def __init__(self, hook: str, file: Path) -> None:
+        self.file = file
+        self.state: str | None = None
+        setattr(self, hook, self._save)
+
+    def _save(self, trainer, pl_module, *_, **__) -> None:
+        if self.state is None and trainer.global_step > 8:
+            self.state = state(trainer, pl_module)
+            trainer.save_checkpoint(self.file)
+
+
+BETWEEN_STEPS = (
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_batch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_fit_end",
+    "teardown",
+)
+WITHIN_A_STEP = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+
+
+@pytest.mark.parametrize("mode", WRITTEN_IN)
+@pytest.mark.parametrize("hook", BETWEEN_STEPS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_file_that_a_users_callback_saves_in_any_hook_resumes_bitwise(order, hook, mode, three_epochs, tmp_path):
+    lora, options = WRITTEN_IN[mode]
+    writer, model = At(hook, tmp_path / "saved.ckpt"), Adam()
+    before = structure(model)
+    run = trainer(tmp_path, *in_order(order, LoRA(**lora), writer), max_epochs=2, **options)
+    run.fit(model, ResumableLoader(), data(1))
+    assert structure(model) == before
+    Net().load_state_dict(read(writer.file)["state_dict"])
+    start = AtStart()
+    ends = fit_in_epochs(tmp_path, mode, start, epochs=3, ckpt_path=writer.file, model=Adam)
+    assert ends == three_epochs[mode]
+    if hook != "teardown":  # where the module may be plain already
+        assert start.state == writer.state
+
+
+@pytest.mark.parametrize("mode", ["factored", "resampled-bf16-true"])
+@pytest.mark.parametrize("hook", WITHIN_A_STEP)
+def test_a_file_saved_within_a_step_has_what_stood_there(hook, mode, tmp_path):
+    writer, start = At(hook, tmp_path / "saved.ckpt"), AtStart()
+    fit_in_epochs(tmp_path, mode, writer, epochs=2, model=Adam)
+    Net().load_state_dict(read(writer.file)["state_dict"])
+    fit_in_epochs(tmp_path, mode, start, epochs=3, ckpt_path=writer.file, model=Adam)
+    assert start.state == writer.state
+
+
+def writers_on_exception(folder: Path) -> dict[str, Callback]:
+    by_hand = Callback()
+    by_hand.on_exception = lambda trainer, *_: trainer.save_checkpoint(folder / "file.ckpt")
+    return {
+        "by hand": by_hand,
+        "OnExceptionCheckpoint": callbacks.OnExceptionCheckpoint(folder, "file"),
+        "ModelCheckpoint": ModelCheckpoint(folder, "file", every_n_train_steps=1000, save_on_exception=True),
+    }
+
+
+class BeforeEachStep(Callback):
+    def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+        self.state = state(trainer, pl_module)
+
+
+@pytest.mark.parametrize("mode", WRITTEN_IN)
+@pytest.mark.parametrize("name", writers_on_exception(Path()))
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_file_written_on_an_exception_has_what_the_exception_found(order, name, mode, tmp_path):
+    lora, options = WRITTEN_IN[mode]
+    before, model = BeforeEachStep(), FailsAt11()
+    plain = structure(model)
+    writer = writers_on_exception(tmp_path)[name]
+    run = trainer(tmp_path, *in_order(order, LoRA(**lora), writer), before, max_epochs=2, **options)
+    with pytest.raises(RuntimeError, match="step 11 fails"):
+        run.fit(model, ResumableLoader(), data(1))
+    assert structure(model) == plain
+    (file,) = tmp_path.rglob("*.ckpt")
+    assert digest(read(file)["state_dict"]) == digest(model.state_dict())
+    Net().load_state_dict(read(file)["state_dict"])
+    start, writer = AtStart(), writers_on_exception(tmp_path)[name]
+    fit_in_epochs(tmp_path, mode, start, writer, epochs=2, ckpt_path=file, model=Adam)
+    assert start.state == before.state
+
+
+class KeepsStates(LightningModule):
+    """Manual optimization that keeps the weights before each step, as ModelCheckpoint asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = layers()
+        self.automatic_optimization = False
+        self.saved_models: dict[int, dict] = {}
+
+    def training_step(self, batch, batch_idx) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.mse_loss(self.layer(batch[0]), batch[1]))
+        self.saved_models = {batch_idx: {key: value.clone() for key, value in self.layer.state_dict().items()}}
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+@pytest.mark.parametrize("gradient", ["factored", "merged", "projected"])
+def test_model_checkpoint_may_put_back_the_weights_before_a_step_while_it_saves(gradient, tmp_path):
+    ends, model = [Digest(), Digest()], KeepsStates()
+    writer = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer(tmp_path, LoRA(rank=2, gradient=gradient), writer, ends[0]).fit(model, data())
+    trainer(tmp_path, LoRA(rank=2, gradient=gradient), ends[1]).fit(KeepsStates(), data())
+    assert (ends[0].module, ends[0].optimizers) == (ends[1].module, ends[1].optimizers)
+    for step in (3, 6):
+        stopped = KeepsStates()
+        trainer(tmp_path, LoRA(rank=2, gradient=gradient), max_steps=step - 1).fit(stopped, data())
+        state = read(tmp_path / f"step={step}.ckpt")["state_dict"]
+        parameters = dict(stopped.named_parameters())
+        assert digest([state[name] for name in parameters]) == digest(list(parameters.values()))
+
+
+class SavesWhenTrainingHasEnded(TorchCheckpointIO):
+    """A slow disk: nothing is written before ``ended`` is set."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self.ended = ended
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        if not self.ended.wait(60):
+            raise TimeoutError("training does not end")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+@pytest.mark.parametrize("mode", [*WRITTEN_IN, "adapter files"])
+def test_a_file_that_is_written_while_training_goes_on_has_the_weights_of_its_own_step(mode, tmp_path):
+    lora, options = {**WRITTEN_IN, **FOUND_IN}[mode]
+    ended = threading.Event()
+    signal = callbacks.LambdaCallback(on_train_end=lambda *_: ended.set())
+    for folder, plugins in (("at once", []), ("late", [AsyncCheckpointIO(SavesWhenTrainingHasEnded(ended))])):
+        writer = ModelCheckpoint(tmp_path / folder, every_n_train_steps=3, save_top_k=-1)
+        run = trainer(tmp_path, LoRA(**lora), writer, signal, plugins=plugins, max_epochs=2, **options)
+        run.fit(Adam(), ResumableLoader())
+        ended.clear()
+    files = sorted((tmp_path / "late").iterdir())
+    assert len(files) == 5
+    for file in files:
+        late, at_once = read(file), read(tmp_path / "at once" / file.name)
+        for entry in ("state_dict", "lightning_lora", "optimizer_states"):
+            assert digest(late[entry]) == digest(at_once[entry])
+    assert len({digest(read(file)["lightning_lora"]["adapters"]) for file in files}) == 5
+
+
+# ------------------------------------------------------------------------------------------------ what each of them does
+
+
+@pytest.mark.parametrize("mode", ["merged", *RESAMPLED])
+@pytest.mark.parametrize("order", ORDERS)
+def test_weights_follow_and_are_drawn_anew_once_a_real_step_under_a_schedule_of_accumulation(order, mode, tmp_path):
+    class Count(Callback):
+        drawn: tuple = ()
+
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            adapter = adapters(pl_module)["layers.0"]
+            self.seen.append((adapter.steps, adapter.drawn_at, digest(pl_module.layers[0].weight)))
+
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.seen: list[tuple[int, int, str]] = []
+
+    lora, options = {**MODES, **RESAMPLED}[mode]
+    count, scheduler, ends = Count(), GradientAccumulationScheduler({0: 2, 1: 4}), [Digest(), Digest()]
+    trainer(tmp_path, *in_order(order, LoRA(**lora), scheduler), count, ends[0], max_epochs=2, **options).fit(Model())
+    real = [(batch + 1) // 2 for batch in range(8)] + [4 + (batch + 1) // 4 for batch in range(8)]
+    assert ends[0].steps == real[-1] == 6
+    weights = [weight for _, _, weight in count.seen]
+    assert [a != b for a, b in zip(weights, weights[1:], strict=False)] == [
+        a != b for a, b in zip(real, real[1:], strict=False)
+    ]
+    if mode != "merged":
+        assert [(steps, drawn_at) for steps, drawn_at, _ in count.seen] == [(n, n // 3 * 3) for n in real]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_monitor_of_learning_rates_logs_those_of_the_optimizer_and_lr_ratio_leaves_them_alone(order, tmp_path):
+    class Scheduled(ScheduledNet):
+        pass
+
+    rows = []
+    for lr_ratio in (None, 16.0):
+        log, monitor = Log(), LearningRateMonitor("step", log_weight_decay=True)
+        run = trainer(tmp_path, *in_order(order, LoRA(rank=2, lr_ratio=lr_ratio), monitor), logger=log)
+        run.fit(Scheduled(), data())
+        rows.append(log.of("lr-AdamW"))
+    assert rows[0] == rows[1]
+    rates = [row["lr-AdamW"] for _, row in rows[0]]
+    assert rates == pytest.approx([0.02 * 0.9**step for step in range(8)])
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_timer_stops_the_run_which_resumes_with_the_time_that_was_left(order, mode, interval, tmp_path):
+    lora, options = MODES[mode]
+    times = []
+
+    def fit(added, duration, ckpt_path=None):
+        timer, ends, model = Timer(duration, interval), Digest(), Model(None if added else lora)
+        before = structure(model)
+        in_its_order = in_order(order, *added, timer) if added else [timer]
+        run = trainer(tmp_path, *in_its_order, ends, max_epochs=3, **options)
+        run.fit(model, ckpt_path=ckpt_path)
+        times.append(timer.time_elapsed())
+        assert structure(model) == before
+        return run, model, getattr(ends, "module", None), getattr(ends, "optimizers", None)
+
+    def stopped_and_resumed(file, *added):
+        """Twice with a microsecond, which is over after the first look, and once with an hour."""
+        run, first, *ends = fit(added, timedelta(microseconds=1))
+        run.save_checkpoint(file)
+        used_up, second, *nothing = fit(added, timedelta(microseconds=1), file)
+        assert used_up.global_step == run.global_step == (1 if interval == "step" else 8)
+        assert nothing == [None, None]  # no training
+        assert digest(second.state_dict()) == digest(first.state_dict())
+        resumed, _, *last = fit(added, timedelta(hours=1), file)
+        return resumed.global_step, ends, last
+
+    found = stopped_and_resumed(tmp_path / "ours.ckpt", LoRA(**lora))
+    assert 0 < times[0] <= times[1] < times[2]
+    assert found == stopped_and_resumed(tmp_path / "other.ckpt")
+    uninterrupted = fit([LoRA(**lora)], None)
+    assert (found[2] == list(uninterrupted[2:])) == (interval == "epoch")  # a stop in mid-epoch ends the epoch
+
+
+class Spikes(Model):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1000 if batch_idx == 5 else 1)
+
+
+@pytest.mark.parametrize("order", ["no LoRA", *ORDERS])
+def test_a_spike_stops_the_run_at_its_batch_and_leaves_a_plain_module(order, tmp_path):
+    model, made = Spikes(), SpikeDetection(exclude_batches_path=str(tmp_path / "skipped.json"))
+    before = structure(model)
+    added = [made] if order == "no LoRA" else in_order(order, LoRA(rank=2, gradient="merged"), made)
+    with pytest.raises(TrainingSpikeException, match="batch 5"):
+        trainer(tmp_path, *added).fit(model)
+    assert made.bad_batches == [4, 5]
+    assert structure(model) == before
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_predictions_that_are_written_are_those_of_the_plain_merged_module(form, order, tmp_path):
+    model, writers = Model(), [Predictions(), Predictions(), Predictions()]
+    run = trainer(tmp_path, *in_order(order, LoRA(rank=2, checkpoint=form), writers[0]))
+    run.fit(model)
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    run.predict(model)
+    fresh = trainer(tmp_path, *in_order(order, LoRA(rank=2, checkpoint=form), writers[1]))
+    fresh.predict(Model(), ckpt_path=tmp_path / "saved.ckpt")
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    trainer(tmp_path, writers[2]).predict(plain)
+    written = [digest([writer.batches, writer.epoch]) for writer in writers]
+    assert written[0] == written[1] == written[2]
+    assert len(writers[0].batches) == 8
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+class WithBackbone(Net):
+    """BackboneFinetuning asks for a backbone."""
+
+    @property
+    def backbone(self):
+        return self.layers[:3]
+
+
+class OwnFinetuning(callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module) -> None: ...
+
+    def finetune_function(self, pl_module, epoch, optimizer) -> None: ...
+
+
+MAKE_REFUSED: dict[str, Callable[[], Callback]] = {
+    "BackboneFinetuning": lambda: callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
+    "BaseFinetuning": OwnFinetuning,
+    "EMAWeightAveraging": lambda: callbacks.EMAWeightAveraging(decay=0.9),
+    "ModelPruning": lambda: callbacks.ModelPruning("l1_unstructured", amount=0.1),
+    "StochasticWeightAveraging": lambda: callbacks.StochasticWeightAveraging(swa_lrs=0.1),
+    "WeightAveraging": callbacks.WeightAveraging,
+}
+
+
+class Steps(Callback):
+    count = 0
+
+    def on_train_batch_start(self, *_) -> None:
+        self.count += 1
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize("gradient", ["factored", "merged"])
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("order", ORDERS)
+def test_it_is_refused_by_name_with_the_reason_before_any_step(order, name, gradient, tmp_path):
+    made, steps, model = MAKE_REFUSED[name](), Steps(), WithBackbone()
+    names, bits = {name: type(child) for name, child in model.named_modules()}, digest(model.state_dict())
+    run = trainer(tmp_path, *in_order(order, LoRA(rank=2, gradient=gradient), made), steps)
+    with pytest.raises(MisconfigurationException) as caught:
+        run.fit(model, data())
+    assert f"cannot be combined with {type(made).__name__}" in str(caught.value)
+    assert REFUSED[name] in str(caught.value)
+    assert steps.count == 0
+    assert {name: type(child) for name, child in model.named_modules()} == names
+    assert digest(model.state_dict()) == bits
+
+
+@pytest.mark.parametrize("function", ["validate", "test", "predict"])
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "ModelPruning", "WeightAveraging"])
+def test_what_is_refused_in_fit_is_no_obstacle_to_evaluation(name, function, tmp_path):
+    results = []
+    for added in ([], [LoRA(rank=2)]):
+        run = trainer(tmp_path, *added, MAKE_REFUSED[name]())
+        results.append(digest(getattr(run, function)(Model(), **({} if function == "predict" else {"verbose": False}))))
+    assert results[0] == results[1]
+
+
+def test_merged_files_can_be_averaged_in_the_place_of_a_run_that_averages(tmp_path):
+    """What the refusal advises: the average of merged weights is that of the products, and plain."""
+    writer = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    trainer(tmp_path, LoRA(rank=2), writer).fit(Net(), data())
+    files = [read(file) for file in tmp_path.glob("*.ckpt")]
+    average = {key: sum(file["state_dict"][key] for file in files) / len(files) for key in Net().state_dict()}
+    model = Net()
+    model.load_state_dict(average)
+    entries = [file["lightning_lora"]["adapters"]["layers.0"] for file in files]
+    products = sum(entry["B"].T @ entry["A"] for entry in entries) / len(files)
+    factors = [sum(entry[name] for entry in entries) / len(files) for name in "BA"]
+    torch.testing.assert_close(model.layers[0].weight.detach(), layers()[0].weight.detach() + products)
+    assert (products - factors[0].T @ factors[1]).norm() > 0.01 * products.norm()
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda: (LoRA(rank=2, target_modules=["layers.0"]), LoRA(rank=1, target_modules=["layers.5"])),
+        lambda: (LoRA(rank=1, target_modules=["layers.5"]), LoRA(rank=2, target_modules=["layers.0"])),
+        lambda: (LoRA(rank=2),) * 2,
+        lambda: (LoRA(rank=2), type("Mine", (LoRA,), {})(rank=2)),
+    ],
+    ids=["first and last layer", "last and first layer", "the same twice", "a subclass"],
+)
+@pytest.mark.parametrize("function", ["fit", "validate", "test", "predict"])
+def test_two_lora_callbacks_are_refused_with_what_to_do_instead(pair, function, tmp_path):
+    model = Model()
+    before, bits = structure(model), digest(model.state_dict())
+    with pytest.raises(MisconfigurationException, match=r"two LoRA callbacks.*Use one.*`rank_pattern`"):
+        getattr(trainer(tmp_path, *pair()), function)(model)
+    assert structure(model) == before
+    assert digest(model.state_dict()) == bits
+
+
+def test_a_lora_callback_of_the_modules_own_takes_the_place_of_the_trainers(tmp_path):
+    class BringsItsOwn(Model):
+        def configure_callbacks(self):
+            return [LoRA(rank=1)]
+
+    ranks = []
+    look = callbacks.LambdaCallback(
+        on_train_start=lambda trainer, module: ranks.extend(adapter.rank for adapter in adapters(module).values())
+    )
+    trainer(tmp_path, LoRA(rank=2), look).fit(BringsItsOwn())
+    assert ranks == [1, 1, 1]
