@@ -199,14 +199,14 @@ class LoRA(Callback):
         module's own hooks are the only ones that Lightning calls before it loads a checkpoint, and the only ones it
         calls when it saves weights only.
         """
+        if sum(isinstance(callback, LoRA) for callback in _callbacks(trainer)) > 1:
+            raise MisconfigurationException(
+                "The Trainer has two LoRA callbacks, and each would freeze what the other trains. Use one:"
+                " `target_modules` may name modules anywhere, with `rank_pattern` and `alpha_pattern` for those that"
+                " differ."
+            )
         if isinstance(pl_module, _Run):
-            earlier = pl_module.lora_callback
-            if earlier is not self and earlier in _callbacks(trainer):
-                raise MisconfigurationException(
-                    "The Trainer has two LoRA callbacks. Use one: `target_modules` may name modules anywhere, with"
-                    " `rank_pattern` and `alpha_pattern` for those that differ."
-                )
-            earlier._make_plain(pl_module)  # a tuner failed before any callback could hear of it
+            pl_module.lora_callback._make_plain(pl_module)  # a tuner failed before any callback could hear of it
             if isinstance(pl_module, _Run):  # it is sharded, and adapted until `merge`
                 unswap(pl_module)
         if stage == "fit":
@@ -460,11 +460,15 @@ class _Run(Swapped, pl.LightningModule):
         super().on_save_checkpoint(checkpoint)
 
 
+AVERAGED = (
+    "it averages A and B, and the average of products is not the product of averages; checkpoints hold merged weights,"
+    " and the `state_dict` of several can be averaged"
+)
 REFUSED: Mapping[type[Callback], str] = {
     BaseFinetuning: "it freezes and unfreezes the parameters that LoRA has frozen; LoRA replaces it",
     ModelPruning: "it rewrites the frozen weights while adapters are trained on them",
-    StochasticWeightAveraging: "it averages A and B, and the average of products is not the product of averages",
-    WeightAveraging: "it averages A and B, and the average of products is not the product of averages",
+    StochasticWeightAveraging: AVERAGED,
+    WeightAveraging: AVERAGED,
 }
 
 

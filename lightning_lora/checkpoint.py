@@ -74,14 +74,22 @@ def take_apart(
     """Removes the adapters from ``state``, an adapted module's, and returns what ``checkpoint["lightning_lora"]`` is.
 
     What is left in ``state`` is the base model's: its keys, with what the weights hold while training.
+
+    Raises:
+        MisconfigurationException: If ``state`` has an adapter and not its weight.
     """
     adapters: State = {}
     frozen: dict[str, Tensor | None] = {}
     for place in places(module):
         if f"{place.factors}A" in state:
+            if place.key not in state:
+                raise MisconfigurationException(
+                    f"`checkpoint['state_dict']` has the adapter of {place.key!r} and not the weight, which a callback"
+                    " has taken out in `on_save_checkpoint`: it can neither be merged nor be told from others. Leave"
+                    " out what is frozen by `LoRA(checkpoint='adapter')`, not by a callback."
+                )
             tensors = {name: state.pop(f"{place.factors}{name}") for name in place.adapter.state_dict()}
-            weight = state.get(place.key, place.weight)
-            adapters[place.name] = place.adapter.with_tensors(tensors).state(weight)
+            adapters[place.name] = place.adapter.with_tensors(tensors).state(state[place.key])
             if not place.host.holds_increment:
                 frozen[place.key] = shards.part(place.weight)
         for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
