@@ -245,6 +245,8 @@ def as_merged(checkpoint: State) -> State:
 def _drop_adapters(state: State, payload: State) -> None:
     """Leaves W0 in ``state``, which was sharded; the adapters are in ``payload`` too."""
     for name, entry in payload["adapters"].items():
+        if f"{name}.lora.B" not in state:
+            raise _malformed(f"its form is 'sharded', and `state_dict` has no adapter of {name!r}")
         for factor in entry:
             state.pop(f"{name}.lora.{factor}", None)
 
@@ -342,7 +344,7 @@ def _keep_quantized(state: State, payload: State, stored: Mapping[str, Storage])
 
 def _check_format(payload: Any) -> None:
     """That ``payload``, read from a file, is what :func:`take_apart` makes."""
-    version = payload.get("version") if isinstance(payload, Mapping) else None
+    version: Any = payload.get("version") if isinstance(payload, Mapping) else None
     if not _is_int(version) or version < 1:
         raise _malformed("it has no version")
     if version > VERSION:
@@ -379,11 +381,14 @@ def _check_weights(payload: State, state: Any, current: Mapping[str, Any], store
     """That increments are folded into weights of their shape, and out: those of the file and those of the module."""
     if not isinstance(state, Mapping):
         raise ValueError("The checkpoint's `state_dict` is missing or no Mapping.")
-    for name, entry in payload["adapters"].items():
-        for weights in (state, current):
-            weight = None if (key := weight_key(name, weights)) in stored else weights.get(key)
-            if weight is not None and not (_is_number(weight) and list(weight.shape) == entry["shape"]):
+    for weights in (state, current):
+        keys = {name: weight_key(name, weights) for name in payload["adapters"]}
+        for name, key in keys.items():
+            weight, shape = weights.get(key), payload["adapters"][name]["shape"]
+            if weight is not None and key not in stored and not (_is_number(weight) and list(weight.shape) == shape):
                 raise ValueError(f"The adapter of {name!r} in the checkpoint is not one for the weight {key!r}.")
+        if len(set(keys.values())) < len(keys):
+            raise _malformed("a weight has two adapters")
 
 
 def _malformed(what: str) -> ValueError:
@@ -395,7 +400,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(tensor: Any) -> bool:
-    """Whether ``tensor`` holds numbers that can be computed with: no sparse, nested, quantised, complex or meta tensor."""
+    """Whether ``tensor`` can be computed with: it is not sparse, nested, quantised, complex, or on the meta device."""
     return (
         isinstance(tensor, Tensor)
         and tensor.layout is torch.strided
@@ -419,9 +424,9 @@ def _is_adapter(entry: Mapping[str, Any]) -> bool:
         return False
     if B.dim() not in (2, 3) or B.dim() > len(shape) or min(shape) < 1 or not 0 <= counts[0] <= counts[1]:
         return False
-    if not (resample is None or isinstance(resample, str) and resample in RESAMPLES):
+    if not (resample is None or (isinstance(resample, str) and resample in RESAMPLES)):
         return False
-    if not math.isfinite(entry["scale"]):
+    if not abs(entry["scale"]) <= torch.finfo(torch.float32).max:  # nor if it is not a number
         return False
     check_choice(f"{KEY}.adapters.decomposition", entry["decomposition"], tuple(DECOMPOSITIONS))
     kind = DECOMPOSITIONS[entry["decomposition"]]
