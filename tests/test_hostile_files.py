@@ -1,6 +1,7 @@
 """Checkpoints that are truncated, altered or made to do harm: refused or harmless; nothing is executed."""
 
 import ast
+import contextlib
 import pickle
 import random
 import resource
@@ -380,7 +381,8 @@ def test_a_file_that_would_execute_something_is_refused_and_does_not(place, way,
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         Net.load_from_checkpoint(file)
     assert not trace.exists()
-    torch.load(file, weights_only=False)
+    with contextlib.suppress(RuntimeError):  # what was executed makes no checkpoint
+        torch.load(file, weights_only=False)
     assert trace.exists()
 
 

@@ -1,0 +1,252 @@
+"""What is left when a run fails: a plain module, files that resume, and the error that was raised."""
+
+import functools
+
+import pytest
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from models import Digest, ScheduledNet, data, digest, structure, trainer
+from torch import nn
+
+from lightning_lora import LoRA, adapters
+
+# ----------------------------------------------------------------------------------------- an exception in any hook
+
+
+class Own(Exception):
+    """The user's."""
+
+
+class Hooked(ScheduledNet):
+    """Has its own data, a scheduler, and nothing that a forward changes."""
+
+    def _make(self, where: str) -> None:
+        super()._make(where)
+        self.layers[1] = nn.Identity()
+
+    def train_dataloader(self):
+        return data()
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Watch(Callback):
+    """Changes nothing."""
+
+    def state_dict(self):
+        return {"watches": True}
+
+
+class Merged(Callback):
+    """What the weights come to when an exception is raised, if adapters are folded in."""
+
+    weights: dict | None = None
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        state = {key: value.clone() for key, value in pl_module.state_dict().items() if ".lora." not in key}
+        for name, adapter in adapters(pl_module).items():
+            if not adapter.holds:
+                state[f"{name}.weight"] = adapter.folded_into(state[f"{name}.weight"])
+        self.weights = digest(state)
+
+
+class Fault:
+    """Fails once: early, after the first call of a method, or late, before the first call that has steps to lose."""
+
+    def __init__(self, name: str, moment: str) -> None:
+        self.name, self.moment, self.error, self.steps = name, moment, None, 0
+
+    def put_into(self, thing, trainer_of):
+        fault, cls, method = self, type(thing), getattr(type(thing), self.name)
+
+        def failing(self, *args, **kwargs):
+            if fault.moment == "late":
+                fault.fail(self is thing and trainer_of(*args), 3)
+            result = method(self, *args, **kwargs)
+            if fault.moment == "early":
+                fault.fail(self is thing and trainer_of(*args), 0)
+            return result
+
+        if self.name.endswith("_step"):  # Lightning reads the signature
+            functools.update_wrapper(failing, method)
+        thing.__class__ = type(cls.__name__, (cls,), {self.name: failing})
+        return thing
+
+    def fail(self, run, least: int) -> None:
+        if run and self.error is None and run.global_step >= least:
+            self.error = Own(f"in {self.name}")
+            self.steps = run.global_step + (self.name == "optimizer_step")  # which it has not counted yet
+            raise self.error
+
+
+NO_HOOKS = {
+    *(
+        "optimizers",
+        "lr_schedulers",
+        "print",
+        "log",
+        "log_dict",
+        "all_gather",
+        "toggle_optimizer",
+        "untoggle_optimizer",
+    ),
+    *("toggled_optimizer", "freeze", "unfreeze", "to_onnx", "to_torchscript", "to_tensorrt", "load_from_checkpoint"),
+    *("manual_backward", "clip_gradients"),
+}
+METHODS = sorted(
+    {
+        name
+        for cls in (ModelHooks, DataHooks, CheckpointHooks, LightningModule)
+        for name, value in vars(cls).items()
+        if callable(value) and not name.startswith("_")
+    }
+    - NO_HOOKS
+)
+CALLBACK_METHODS = sorted(name for name, value in vars(Callback).items() if callable(value) and name[0] != "_")
+ELSEWHERE = ("test", "predict", "on_load", "load_state", "configure_sharded_model", "on_exception")
+"""Parts of the names of methods that ``fit`` without a file does not call."""
+ONCE = {
+    *("setup", "prepare_data", "configure_model", "configure_optimizers", "configure_callbacks", "on_fit_start"),
+    *("on_train_start", "on_sanity_check_start", "on_sanity_check_end", "train_dataloader", "val_dataloader"),
+}
+"""Those that it calls before the first step only."""
+
+
+def run_of(folder, gradient, *callbacks, before=(), **options):
+    writer = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
+    options = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1, **options}
+    lora = LoRA(rank=2, gradient=gradient)
+    return trainer(folder, *before, lora, *callbacks, writer, num_sanity_val_steps=1, gradient_clip_val=1.0, **options)
+
+
+@pytest.fixture(scope="module")
+def unfailing(tmp_path_factory):
+    """What a run comes to that does not fail, by gradient."""
+    results = {}
+    for gradient in ("factored", "merged"):
+        ended, model = Digest(), Hooked()
+        run_of(tmp_path_factory.mktemp("run"), gradient, ended).fit(model)
+        results[gradient] = ended.module, ended.optimizers, digest(model.state_dict())
+    return results
+
+
+def fails_and_recovers(folder, gradient, fault, model, before=(), callbacks=(), expected=None):
+    """The run fails by ``fault``, the module is plain and merged, and another run works as if nothing had been."""
+    plain, bits, merged = structure(model), digest(model.state_dict()), Merged()
+    own = type(model)
+    if not (before or callbacks):
+        fault.put_into(model, lambda *_: model.trainer)
+        plain["classes"][""] = type(model)
+    with pytest.raises(Own) as caught:
+        run_of(folder, gradient, *callbacks, before=(merged, *before)).fit(model)
+    assert caught.value is fault.error
+    assert structure(model) == plain
+    assert digest(model.state_dict()) == (merged.weights if fault.steps else bits)
+    assert (digest(model.state_dict()) == bits) == (fault.steps == 0)
+
+    model.__class__ = own
+    model.train()  # where a validation failed, Lightning leaves the module as that had it
+    ended = Digest()
+    run_of(folder / "again", gradient, ended).fit(model)
+    assert ended.steps == 6
+    if not fault.steps:
+        assert (ended.module, ended.optimizers, digest(model.state_dict())) == expected[gradient]
+
+
+def called(name, moment):
+    return not any(part in name for part in ELSEWHERE) and not (moment == "late" and name in ONCE)
+
+
+EARLY_AND_LATE = pytest.mark.parametrize(("moment", "gradient"), [("early", "factored"), ("late", "merged")])
+
+
+@EARLY_AND_LATE
+@pytest.mark.parametrize("name", METHODS)
+def test_an_exception_in_any_method_of_the_module_is_seen_and_leaves_a_module_to_fit_again(
+    name, moment, gradient, unfailing, tmp_path
+):
+    fault, model = Fault(name, moment), Hooked()
+    if called(name, moment):
+        fails_and_recovers(tmp_path, gradient, fault, model, expected=unfailing)
+    elif "sharded" not in name:
+        fault.put_into(model, lambda *_: model.trainer)
+        run_of(tmp_path, gradient).fit(model)
+        assert fault.error is None
+
+
+@EARLY_AND_LATE
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("name", CALLBACK_METHODS)
+def test_an_exception_in_any_hook_of_another_callback_is_seen_and_leaves_a_module_to_fit_again(
+    name, place, moment, gradient, unfailing, tmp_path
+):
+    model, fault = Hooked(), Fault(name, moment)
+    watch = fault.put_into(Watch(), lambda *_: model.trainer)
+    if called(name, moment):
+        callbacks = {"before" if place == "before" else "callbacks": [watch]}
+        fails_and_recovers(tmp_path, gradient, fault, model, expected=unfailing, **callbacks)
+    else:
+        run_of(tmp_path, gradient, watch).fit(model)
+        assert fault.error is None
+
+
+@pytest.mark.parametrize("function", ["validate", "test", "predict"])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_exception_in_any_method_while_evaluating_leaves_the_module_as_it_was(name, function, tmp_path):
+    if "sharded" in name:
+        return
+    fault, model = Fault(name, "early"), Hooked()
+    fault.put_into(model, lambda *_: model.trainer)
+    before, bits = structure(model), digest(model.state_dict())
+    try:
+        getattr(run_of(tmp_path, "factored"), function)(model)
+    except Own as error:
+        assert error is fault.error  # noqa: PT017
+    else:
+        assert fault.error is None
+    assert (structure(model), digest(model.state_dict())) == (before, bits)
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [("on_load_checkpoint", whose) for whose in ("module", "before", "after")]
+    + [("load_state_dict", whose) for whose in ("before", "after")],
+)
+def test_an_exception_while_a_file_is_loaded_is_seen_and_the_file_resumes_a_new_module(
+    name, whose, unfailing, tmp_path
+):
+    run_of(tmp_path, "factored", Watch(), max_epochs=1).fit(Hooked())
+    model, fault = Hooked(), Fault(name, "early")
+    before, watch = structure(model), Watch()
+    fault.put_into(model if whose == "module" else watch, lambda *_: model.trainer)
+    callbacks = {"before": [watch]} if whose == "before" else {}
+    run = run_of(tmp_path, "factored", *([] if callbacks else [watch]), **callbacks)
+    with pytest.raises(Own) as caught:
+        run.fit(model, ckpt_path=tmp_path / "last.ckpt")
+    assert caught.value is fault.error
+    before["classes"][""] = type(model)
+    assert structure(model) == before
+    ended, model = Digest(), Hooked()
+    run_of(tmp_path, "factored", Watch(), ended).fit(model, ckpt_path=tmp_path / "last.ckpt")
+    assert (ended.module, ended.optimizers, digest(model.state_dict())) == unfailing["factored"]
+
+
+def test_an_exception_while_another_is_handled_leaves_adapters_that_the_next_run_takes_out(unfailing, tmp_path):
+    """Lightning calls no further callback then."""
+
+    class Fails(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            raise RuntimeError("the first")
+
+        def on_exception(self, *_) -> None:
+            raise Own
+
+    model = Hooked()
+    before = structure(model)
+    with pytest.raises(Own):
+        run_of(tmp_path, "factored", before=[Fails()]).fit(model)
+    ended = Digest()
+    run_of(tmp_path, "factored", ended).fit(model)
+    assert structure(model) == before
+    assert (ended.module, ended.optimizers, digest(model.state_dict())) == unfailing["factored"]
