@@ -9,6 +9,7 @@ from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from models import Digest, ScheduledNet, data, digest, structure, trainer
 from torch import nn
 
+import lightning_lora
 from lightning_lora import LoRA, adapters
 
 # ----------------------------------------------------------------------------------------- an exception in any hook
@@ -250,3 +251,48 @@ def test_an_exception_while_another_is_handled_leaves_adapters_that_the_next_run
     run_of(tmp_path, "factored", ended).fit(model)
     assert structure(model) == before
     assert (ended.module, ended.optimizers, digest(model.state_dict())) == unfailing["factored"]
+
+
+# ------------------------------------------------------------------------------------------- killed while it saves
+
+HERE = Path(__file__).parent
+
+
+def a_new_process(*command, folder, **options):
+    """A Python process that imports what this one does, with a folder of its own for temporary files."""
+    path = os.pathsep.join([str(Path(lightning_lora.__file__).parents[1]), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def killed(folder, temporary, trials, seed):
+    temporary.mkdir(exist_ok=True)
+    process = a_new_process(HERE / "killed.py", folder, trials, seed, folder=temporary)
+    out, error = process.communicate(timeout=280)
+    assert process.returncode == 0, error
+    return json.loads(out.splitlines()[-1])
+
+
+def test_a_run_killed_140_times_while_it_saves_always_leaves_a_file_and_every_file_resumes_to_the_same_bits(tmp_path):
+    report = killed(tmp_path, tmp_path / "temporary", trials=140, seed=0)
+    assert len(report["left"]) == 140
+    assert min(files for _, files, _ in report["left"]) >= 1
+    assert len({tuple(left) for left in report["left"]}) > 20  # they died in many places
+    assert report["broken"] == []
+    assert len(report["resumed"]) > 15
+    assert all(report["resumed"])
+
+
+def test_where_the_folder_for_temporary_files_is_on_another_disk_a_broken_file_is_named_and_others_resume(tmp_path):
+    """What is moved to another disk is copied."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("There is no second file system.")
+    with tempfile.TemporaryDirectory(dir=other) as temporary:
+        report = killed(tmp_path, Path(temporary), trials=60, seed=1)
+    assert all(files for name, files, _ in report["left"] if "one file" not in name)
+    assert all(report["resumed"])
+    assert report["broken"]
+    assert all(re.fullmatch(r"ValueError: The checkpoint '.*' is truncated\.", text) for text in report["broken"])
