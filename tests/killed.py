@@ -1,18 +1,16 @@
-"""Runs that are killed while they save, each a fork of this process; then what is left is loaded, and resumed.
+"""Runs that are killed while they save, or interrupted; then what is left is loaded, and resumed.
 
-As a program: ``killed.py FOLDER TRIALS SEED``, which prints JSON. Everything is imported once; nothing here may run a
-backward before the forks, which would not survive it.
+As a program it prints JSON: ``killed.py kill FOLDER TRIALS SEED``, ``killed.py interrupt FOLDER``. Each run is a fork
+of a process that has imported everything, and that runs no backward itself: that would not survive the fork.
 """
 
 import contextlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -21,10 +19,11 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Digest, Net, ResumableLoader, digest, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from models import N_BATCHES, Digest, Net, ResumableLoader, batches, digest, structure, trainer
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRA
+from lightning_lora import LoRA, adapters
 
 CONFIGS = {
     "merged, factored, the best one": ({}, {"save_top_k": 1}),
@@ -166,7 +165,7 @@ def main(folder: Path, trials: int, seed: int) -> None:
         left.append([name, len(whole), max((c["global_step"] for c in whole.values()), default=0)])
         for file, checkpoint in whole.items():
             state = name, digest([checkpoint["state_dict"], checkpoint["optimizer_states"], checkpoint["global_step"]])
-            if state not in resumed:
+            if state not in resumed and len(resumed) < 30:
                 resumed[state] = result(lambda name=name, file=file: fit(name, file.parent, ckpt_path=file))
         shutil.rmtree(place)
     same = [value == expected[name] for (name, _), value in resumed.items()]
@@ -177,7 +176,108 @@ def refusal_of(name: str, file: Path) -> str:
     return str(result(lambda: refusal(name, file)))
 
 
+class Waits(Net):
+    """Tells where it is at its fifth step, and waits there for a signal."""
+
+    tell, where = -1, ""
+
+    def wait(self, where: str) -> None:
+        if where == self.where and self.trainer.global_step >= 5:
+            self.where = ""
+            os.write(self.tell, b".")
+            deadline = time.monotonic() + 60
+            while not self.trainer.received_sigterm and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def training_step(self, batch, batch_idx):
+        self.wait("training")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.wait("validation")
+        return super().validation_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint):
+        self.wait("saving")
+
+
+def same_batches() -> DataLoader:
+    """One batch again and again: Lightning goes on after the one that it was interrupted in."""
+    return DataLoader(TensorDataset(*(part.repeat(N_BATCHES, 1) for part in batches()[0])), batch_size=4)
+
+
+def interrupted(name: str, folder: Path, number: int, where: str) -> list[object]:
+    """What was raised, whether the module is plain then, merged, and its file resumes to the same bits."""
+    told, tell = os.pipe()
+
+    def work() -> list[object]:
+        model, merged = Waits(), Merged()
+        before = structure(model)
+        model.tell, model.where = tell, where
+        lora = LoRA(rank=2, log_memory=False, **CONFIGS[name][0])
+        writer = ModelCheckpoint(folder, filename="regular", every_n_train_steps=6)
+        run = trainer(folder, merged, lora, OnExceptionCheckpoint(folder), writer, max_steps=16, max_epochs=9, **EVERY)
+        try:
+            run.fit(model, same_batches(), same_batches())
+        except BaseException as error:
+            after = structure(model)
+            for found in (before, after):
+                found["attributes"][""] = []
+            return [type(error).__name__, after == before, digest(model.state_dict()) == merged.weights]
+        return []
+
+    process, out = forked(work)
+    os.close(tell)
+    os.read(told, 1)
+    os.close(told)
+    os.kill(process, number)
+    with open(out) as file:
+        outcome = json.loads(file.read())
+    os.waitpid(process, 0)
+    return outcome
+
+
+EVERY = {"val_check_interval": 3, "limit_val_batches": 1}
+
+
+def steps(name: str, folder: Path, ckpt_path: Path | None = None) -> str:
+    ended = Digest()
+    run = trainer(folder, LoRA(rank=2, **CONFIGS[name][0]), ended, max_steps=16, max_epochs=9, **EVERY)
+    run.fit(Net(), same_batches(), same_batches(), ckpt_path=ckpt_path)
+    return digest([ended.module, ended.optimizers, ended.steps])
+
+
+class Merged(Callback):
+    """What the weights come to when an exception is raised, if adapters are folded in."""
+
+    weights = ""
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        state = {key: value.clone() for key, value in pl_module.state_dict().items() if ".lora." not in key}
+        for name, adapter in adapters(pl_module).items():
+            if not adapter.holds:
+                state[f"{name}.weight"] = adapter.folded_into(state[f"{name}.weight"])
+        self.weights = digest(state)
+
+
+def interrupt(folder: Path) -> None:
+    report = {}
+    for name in list(CONFIGS)[:3]:
+        expected = result(lambda name=name: steps(name, folder / "whole"))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for where in ("training", "validation", "saving"):
+                place = folder / f"{len(report)}"
+                outcome = interrupted(name, place, number, where)
+                file = place / "on_exception.ckpt"
+                resumed = result(lambda name=name, place=place, file=file: steps(name, place, file))
+                report[f"{name}: {number.name} while {where}"] = [*outcome, resumed == expected]
+    print(json.dumps(report))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1] == "kill":
+        main(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        interrupt(Path(sys.argv[2]))

@@ -1,8 +1,16 @@
 """What is left when a run fails: a plain module, files that resume, and the error that was raised."""
 
 import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from killed import Merged
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
@@ -10,7 +18,7 @@ from models import Digest, ScheduledNet, data, digest, structure, trainer
 from torch import nn
 
 import lightning_lora
-from lightning_lora import LoRA, adapters
+from lightning_lora import LoRA
 
 # ----------------------------------------------------------------------------------------- an exception in any hook
 
@@ -37,19 +45,6 @@ class Watch(Callback):
 
     def state_dict(self):
         return {"watches": True}
-
-
-class Merged(Callback):
-    """What the weights come to when an exception is raised, if adapters are folded in."""
-
-    weights: dict | None = None
-
-    def on_exception(self, trainer, pl_module, exception) -> None:
-        state = {key: value.clone() for key, value in pl_module.state_dict().items() if ".lora." not in key}
-        for name, adapter in adapters(pl_module).items():
-            if not adapter.holds:
-                state[f"{name}.weight"] = adapter.folded_into(state[f"{name}.weight"])
-        self.weights = digest(state)
 
 
 class Fault:
@@ -258,25 +253,19 @@ def test_an_exception_while_another_is_handled_leaves_adapters_that_the_next_run
 HERE = Path(__file__).parent
 
 
-def a_new_process(*command, folder, **options):
-    """A Python process that imports what this one does, with a folder of its own for temporary files."""
-    path = os.pathsep.join([str(Path(lightning_lora.__file__).parents[1]), str(HERE)])
-    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def killed(folder, temporary, trials, seed):
+def reported(*command, temporary):
+    """What ``killed.py`` prints."""
     temporary.mkdir(exist_ok=True)
-    process = a_new_process(HERE / "killed.py", folder, trials, seed, folder=temporary)
-    out, error = process.communicate(timeout=280)
-    assert process.returncode == 0, error
-    return json.loads(out.splitlines()[-1])
+    path = os.pathsep.join([str(Path(lightning_lora.__file__).parents[1]), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(temporary)}
+    command = [sys.executable, str(HERE / "killed.py"), *map(str, command)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_run_killed_140_times_while_it_saves_always_leaves_a_file_and_every_file_resumes_to_the_same_bits(tmp_path):
-    report = killed(tmp_path, tmp_path / "temporary", trials=140, seed=0)
+    report = reported("kill", tmp_path, 140, 0, temporary=tmp_path / "temporary")
     assert len(report["left"]) == 140
     assert min(files for _, files, _ in report["left"]) >= 1
     assert len({tuple(left) for left in report["left"]}) > 20  # they died in many places
@@ -291,8 +280,19 @@ def test_where_the_folder_for_temporary_files_is_on_another_disk_a_broken_file_i
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("There is no second file system.")
     with tempfile.TemporaryDirectory(dir=other) as temporary:
-        report = killed(tmp_path, Path(temporary), trials=60, seed=1)
+        report = reported("kill", tmp_path, 60, 1, temporary=Path(temporary))
     assert all(files for name, files, _ in report["left"] if "one file" not in name)
     assert all(report["resumed"])
     assert report["broken"]
     assert all(re.fullmatch(r"ValueError: The checkpoint '.*' is truncated\.", text) for text in report["broken"])
+
+
+# ----------------------------------------------------------------------------------------------------- interrupted
+
+
+def test_a_run_that_is_interrupted_or_terminated_leaves_a_plain_module_and_a_file_that_resumes(tmp_path):
+    report = reported("interrupt", tmp_path, temporary=tmp_path / "temporary")
+    assert len(report) == 18
+    for case, (raised, plain, merged, resumed) in report.items():
+        assert raised == ("SystemExit" if "SIGINT" in case else "SIGTERMException"), case
+        assert (plain, merged, resumed) == (True, True, True), case
