@@ -1,24 +1,30 @@
 """What is left when a run fails: a plain module, files that resume, and the error that was raised."""
 
+import contextlib
+import errno
 import functools
 import json
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from killed import Merged
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from models import Digest, ScheduledNet, data, digest, structure, trainer
 from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRA
+from lightning_lora.rounding import round_stochastically
 
 # ----------------------------------------------------------------------------------------- an exception in any hook
 
@@ -296,3 +302,154 @@ def test_a_run_that_is_interrupted_or_terminated_leaves_a_plain_module_and_a_fil
     for case, (raised, plain, merged, resumed) in report.items():
         assert raised == ("SystemExit" if "SIGINT" in case else "SIGTERMException"), case
         assert (plain, merged, resumed) == (True, True, True), case
+
+
+# -------------------------------------------------------------------------------------------------------- full disk
+
+
+@pytest.fixture(params=["disk", "limit"])
+def small(request, tmp_path):
+    """A folder and what fills it: a file system of 1 MB, or a limit to the size of every file of this process."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if request.param == "limit":
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        yield folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1])), errno.EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("A file system can be mounted by root alone.")
+    yield folder, lambda: fill(folder / "ballast"), errno.ENOSPC
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(file):
+    with contextlib.suppress(OSError), open(file, "wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+
+
+class Fills(Callback):
+    def __init__(self, fill) -> None:
+        self.fill = fill
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 3:
+            self.fill()
+
+
+OTHER_CALLBACKS = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+
+@OTHER_CALLBACKS
+@pytest.mark.parametrize("gradient", ["factored", "merged"])
+@pytest.mark.parametrize("temporary", ["same", "other"])
+def test_on_a_full_disk_the_run_fails_and_earlier_files_resume(
+    temporary, gradient, small, unfailing, tmp_path, monkeypatch
+):
+    folder, fill_it, number = small
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary" if temporary == "same" else tmp_path))
+    model, merged = Hooked(), Merged()
+    plain = structure(model)
+    writer = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(folder, merged, LoRA(rank=2, gradient=gradient), Fills(fill_it), writer, **SIX_STEPS)
+    with pytest.raises(OSError, match=r"No space left|File too large") as caught:
+        run.fit(model)
+    assert caught.value.errno == number
+    assert structure(model) == plain
+    assert digest(model.state_dict()) == merged.weights
+    assert list((folder / "temporary").iterdir()) == []
+
+    whole, broken = [], []
+    for file in sorted(folder.glob("*.ckpt")):
+        try:
+            torch.load(file, weights_only=True)
+            whole.append(file)
+        except (RuntimeError, EOFError):
+            broken.append(file)
+    assert [file.stem for file in whole] == ["step=1", "step=2", "step=3"]
+    assert len(broken) == (
+        temporary == "other" and number == errno.ENOSPC
+    )  # what is moved from another disk is copied to its final name
+    for file in broken:
+        with pytest.raises(ValueError, match="is truncated"):
+            trainer(tmp_path, LoRA(rank=2, gradient=gradient), **SIX_STEPS).fit(Hooked(), ckpt_path=file)
+    ended, model = Digest(), Hooked()
+    trainer(tmp_path, LoRA(rank=2, gradient=gradient), ended, **SIX_STEPS).fit(model, ckpt_path=whole[-1])
+    assert (ended.module, ended.optimizers, digest(model.state_dict())) == unfailing[gradient]
+
+
+SIX_STEPS = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1, "gradient_clip_val": 1.0}
+
+# ------------------------------------------------------------------------------------------------- not a number
+
+
+class Bad(Hooked):
+    """The gradient of its fifth loss is not a number, which the loss is."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + (loss - loss.detach()).abs().sqrt() if self.trainer.global_step == 4 else loss
+
+
+GRADIENTS = pytest.mark.parametrize("gradient", ["factored", "merged", "projected"])
+
+
+@GRADIENTS
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_detect_anomaly_names_the_place_and_what_was_trained_until_then_is_kept(gradient, tmp_path):
+    model, merged = Bad(), Merged()
+    plain = structure(model)
+    with pytest.raises(RuntimeError, match="'AbsBackward0' returned nan values"):
+        trainer(tmp_path, merged, LoRA(rank=2, gradient=gradient), detect_anomaly=True, **SIX_STEPS).fit(model)
+    assert structure(model) == plain
+    assert digest(model.state_dict()) == merged.weights
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@OTHER_CALLBACKS
+@GRADIENTS
+def test_without_it_weights_become_nan_as_in_full_fine_tuning_and_earlier_files_resume(gradient, tmp_path):
+    model, writer = Bad(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, LoRA(rank=2, gradient=gradient), writer, **SIX_STEPS).fit(model)
+    full = Bad()
+    trainer(tmp_path, **SIX_STEPS).fit(full)
+    for i in (0, 3, 5):
+        assert full.layers[i].weight.isnan().any()
+        assert model.layers[i].weight.isnan().any()
+
+    last = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    good, resumed = Digest(), Digest()
+    trainer(tmp_path, LoRA(rank=2, gradient=gradient), good, **SIX_STEPS).fit(Hooked())
+    run = trainer(tmp_path, LoRA(rank=2, gradient=gradient), resumed, **SIX_STEPS)
+    run.fit(Hooked(), ckpt_path=tmp_path / "step=3.ckpt")
+    assert (resumed.module, resumed.optimizers) == (good.module, good.optimizers)
+
+
+@GRADIENTS
+def test_early_stopping_with_check_finite_stops_at_a_loss_that_is_not_a_number(gradient, tmp_path):
+    class Diverges(Hooked):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("watched", loss * float("nan") if self.trainer.global_step == 5 else loss)
+            return loss
+
+    model = Diverges()
+    stop = EarlyStopping("watched", check_finite=True, check_on_train_epoch_end=True, patience=9)
+    run = trainer(tmp_path, LoRA(rank=2, gradient=gradient), stop, **{**SIX_STEPS, "max_epochs": 5})
+    run.fit(model)
+    assert run.global_step == 6
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_makes_no_number_of_what_is_none_and_nothing_infinite_that_is_not(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), largest, -largest, 0.0]).repeat(2000)
+    rounded = round_stochastically(x, dtype, torch.Generator().manual_seed(0)).float()
+    assert torch.equal(rounded.isnan(), x.isnan())
+    assert torch.equal(rounded[~x.isnan()], x[~x.isnan()])
