@@ -217,7 +217,7 @@ class LoRA(Callback):
             self._fingerprints = ckpt.Fingerprints()
             self.memory = None
             self._own_callbacks = _callbacks(trainer)
-        self._trains = False
+        self._trains = self._waits_for_file = False
         pl_module.lora_callback = self  # type: ignore[assignment]
         swap(pl_module, _Run)
 
@@ -260,7 +260,6 @@ class LoRA(Callback):
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
-        self._waits_for_file = False
         if shards.is_sharded(pl_module):
             if self._loads_late and super(_Run, pl_module).strict_loading:  # type: ignore[misc]
                 _check_complete(trainer, pl_module)
@@ -307,9 +306,16 @@ class LoRA(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks again: the module's own ``on_fit_start`` may have frozen everything."""
+        self._waits_for_file = False
         self._forget_loading()
         shards.reshard(pl_module)  # after the sanity check
         _check_trained(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Whatever was to be read from a file has been read."""
+        self._waits_for_file = False
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Strikes out, until the first batch is over, the adapters that a gradient reached."""
@@ -360,11 +366,11 @@ class LoRA(Callback):
         """Leaves a plain module behind; Lightning calls no ``teardown`` after an exception.
 
         Raises:
-            ValueError: If the reason was that the checkpoint is truncated, which the exception does not tell.
+            ValueError: If the checkpoint that was being read is damaged, which the exception does not tell.
         """
         self._make_plain(pl_module)
-        if self._waits_for_file and isinstance(exception, Exception) and _is_truncated(trainer.ckpt_path):
-            raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is truncated.") from exception
+        if self._waits_for_file and isinstance(exception, Exception) and (damage := _damage(trainer.ckpt_path)):
+            raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is {damage}.") from exception
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves a plain module behind, with merged weights."""
@@ -562,7 +568,7 @@ def _check_complete(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """That the file just loaded into a sharded module has all but the adapters."""
     if trainer.ckpt_path is None or not os.path.isfile(trainer.ckpt_path):
         return  # a folder is asked for everything
-    in_file = torch.load(trainer.ckpt_path, mmap=True, map_location="cpu")["state_dict"]
+    in_file = torch.load(trainer.ckpt_path, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
     factors = tuple(place.factors for place in places(pl_module))
     if missing := [key for key in pl_module.state_dict() if key not in in_file and not key.startswith(factors)]:
         raise KeyError(f"{trainer.ckpt_path} has no {missing[0]!r}, nor {len(missing) - 1} more keys of the module.")
@@ -609,10 +615,17 @@ def _optimizers_with_adapters(trainer: pl.Trainer, pl_module: pl.LightningModule
     ]
 
 
-def _is_truncated(path: Any) -> bool:
-    """Whether the file begins as a zip archive, as ``torch.save`` writes, and ends before its table of contents."""
+def _damage(path: Any) -> str | None:
+    """What is wrong with the zip archive that ``torch.save`` has written to ``path``."""
     if path is None or not os.path.isfile(path):
-        return False
+        return None
     with open(path, "rb") as file:
         begins = b"PK\x03\x04".startswith(file.read(4))
-    return begins and not zipfile.is_zipfile(path)
+    if not zipfile.is_zipfile(path):
+        return "truncated" if begins else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception:  # whatever is raised for headers that make no sense
+        return "damaged: its table of contents cannot be read"
+    return None if part is None else f"damaged: the checksum of its part {part!r} is wrong"

@@ -34,10 +34,12 @@ from lightning_lora import draws, shards
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
 from lightning_lora.hosts.quantized import Storage, is_quantized, storages, without_extras
 from lightning_lora.inject import Place, places, trained_besides
-from lightning_lora.options import CHECKPOINTS, RESAMPLES, Options, check_choice
+from lightning_lora.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMPLES, Options, check_choice
 
 KEY = "lightning_lora"
 VERSION = 1
+NUMBERS = tuple(getattr(torch, dtype) for dtype in ADAPTER_DTYPES)
+"""The dtypes of what is computed with."""
 
 State = dict[str, Any]
 
@@ -179,9 +181,11 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | Non
     if (payload := checkpoint.get(KEY)) is None:
         return
     _check_format(payload)
-    state = dict(checkpoint["state_dict"])
     found = list(places(module))
     stored = storages(module)
+    current = module.state_dict() if found or payload["form"] == "adapter" else {}
+    _check_weights(payload, checkpoint.get("state_dict"), current, stored)
+    state = dict(checkpoint["state_dict"])
     if not found:
         _keep_quantized(state, payload, stored)
     if found:
@@ -189,7 +193,6 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | Non
     if payload["form"] == "sharded":
         _drop_adapters(state, payload)
     elif found or payload["form"] == "adapter":
-        current = module.state_dict()
         _put_base_back(state, payload, current, found, exact, held or {"base": {}, "adapters": {}}, stored)
     for place in found:
         for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
@@ -240,6 +243,7 @@ def as_merged(checkpoint: State) -> State:
     _check_format(payload)
     if payload["form"] != "sharded":
         raise ValueError(f"The checkpoint was not sharded: its form is {payload['form']!r}.")
+    _check_weights(payload, checkpoint.get("state_dict"), {}, {})
     state = dict(checkpoint["state_dict"])
     _drop_adapters(state, payload)
     fold(state, payload)
@@ -249,6 +253,8 @@ def as_merged(checkpoint: State) -> State:
 def _drop_adapters(state: State, payload: State) -> None:
     """Leaves W0 in ``state``, which was sharded; the adapters are in ``payload`` too."""
     for name, entry in payload["adapters"].items():
+        if f"{name}.lora.B" not in state:
+            raise _malformed(f"its form is 'sharded', and `state_dict` has no adapter of {name!r}")
         for factor in entry:
             state.pop(f"{name}.lora.{factor}", None)
 
@@ -276,8 +282,8 @@ def _put_base_back(
                 state[key] = stored[key].weight.detach()
             else:
                 others.append(key)
-        elif key in current and fingerprint(current[key].to(_dtype_of(expected))) == expected:
-            state[key] = current[key].to(_dtype_of(expected))
+        elif (weight := _cast(current.get(key), expected)) is not None and fingerprint(weight) == expected:
+            state[key] = weight
         elif not found and key in folded and held["base"].get(key) == expected:
             state[key], _ = Adapter.from_state(folded[key]).folded_out_of(current[key])
         else:
@@ -346,9 +352,9 @@ def _keep_quantized(state: State, payload: State, stored: Mapping[str, Storage])
 
 def _check_format(payload: Any) -> None:
     """That ``payload``, read from a file, is what :func:`take_apart` makes."""
-    version = payload.get("version") if isinstance(payload, Mapping) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: it has no version.")
+    version: Any = payload.get("version") if isinstance(payload, Mapping) else None
+    if not _is_int(version) or version < 1:
+        raise _malformed("it has no version")
     if version > VERSION:
         raise MisconfigurationException(
             f"The checkpoint's adapters are saved in format {version}; this version of lightning-lora reads"
@@ -357,53 +363,100 @@ def _check_format(payload: Any) -> None:
     kinds = {"form": str, "adapters": Mapping, "trained": list, "base": Mapping}
     for field, kind in kinds.items():
         if not isinstance(payload.get(field), kind):
-            raise ValueError(
-                f"The checkpoint's `{KEY}` entry is malformed: `{field}` is missing or no {kind.__name__}."
-            )
+            raise _malformed(f"`{field}` is missing or no {kind.__name__}")
     check_choice(f"{KEY}.form", payload["form"], (*CHECKPOINTS, "sharded"))
-    if not all(isinstance(name, str) for name in payload["trained"]):
-        raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: `trained` is not a list of names.")
+    for field in ("adapters", "trained", "base"):
+        if not all(isinstance(name, str) for name in payload[field]):
+            raise _malformed(f"`{field}` is not a {kinds[field].__name__} of names")
     for name, entry in payload["adapters"].items():
         if not isinstance(entry, Mapping) or not _is_adapter(entry):
-            raise ValueError(
-                f"The checkpoint's `{KEY}` entry is malformed: A, B, shape, scale, transposed of {name!r} do not fit."
-            )
-        check_choice(f"{KEY}.adapters[{name!r}].decomposition", entry["decomposition"], tuple(DECOMPOSITIONS))
+            raise _malformed(f"A, B, shape, scale, transposed of {name!r} do not fit")
+        frozen = {name, f"{name}.weight"} & payload["base"].keys()
+        if frozen and entry["resample"] is not None:
+            raise _malformed(f"{name!r} is drawn anew and its weight in `base`")
+        if not frozen and payload["form"] != "merged":
+            raise _malformed(f"`base` has no weight for {name!r}")
     for key, expected in payload["base"].items():
-        if not isinstance(expected, str) or not isinstance(_dtype_of(expected), torch.dtype):
-            raise ValueError(
-                f"The checkpoint's `{KEY}` entry is malformed: the fingerprint of {key!r} is {expected!r}."
-            )
+        dtype = _dtype_of(expected) if isinstance(expected, str) else None
+        if dtype is None or (is_quantized(expected) and dtype not in NUMBERS):
+            raise _malformed(f"the fingerprint of {key!r} is {expected if isinstance(expected, str) else 'no text'!r}")
         adapted = {key, key.removesuffix(".weight")} & payload["adapters"].keys()
         if payload["form"] != "adapter" and not adapted and not is_quantized(expected):
-            raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {key!r} in `base` has no adapter.")
+            raise _malformed(f"{key!r} in `base` has no adapter")
+
+
+def _check_weights(payload: State, state: Any, current: Mapping[str, Any], stored: Mapping[str, Storage]) -> None:
+    """That increments are folded into weights of their shape, and out: those of the file and those of the module."""
+    if not isinstance(state, Mapping):
+        raise ValueError("The checkpoint's `state_dict` is missing or no Mapping.")
+    for weights in (state, current):
+        keys = {name: weight_key(name, weights) for name in payload["adapters"]}
+        for name, key in keys.items():
+            weight, shape = weights.get(key), payload["adapters"][name]["shape"]
+            if weight is not None and key not in stored and not (_is_number(weight) and list(weight.shape) == shape):
+                raise ValueError(f"The adapter of {name!r} in the checkpoint is not one for the weight {key!r}.")
+        if len(set(keys.values())) < len(keys):
+            raise _malformed("a weight has two adapters")
+
+
+def _malformed(what: str) -> ValueError:
+    return ValueError(f"The checkpoint's `{KEY}` entry is malformed: {what}.")
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _is_number(tensor: Any) -> bool:
+    """Whether ``tensor`` can be computed with: it is not sparse, nested, quantised, complex, or on the meta device."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.dtype in NUMBERS
+        and not (tensor.is_meta or tensor.is_nested)
+    )
 
 
 def _is_adapter(entry: Mapping[str, Any]) -> bool:
     """Whether the fields of ``entry`` have their types, and its factors the shapes that the weight's asks for."""
     kinds = {"B": Tensor, "shape": list, "scale": float, "transposed": bool, "decomposition": str, "key": str}
-    kinds |= {"steps": int, "drawn_at": int}
+    if not all(isinstance(field, str) for field in entry):
+        return False
     if not all(isinstance(entry.get(field), kind) for field, kind in kinds.items()):
         return False
     tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
-    shape, resample, B = entry["shape"], entry.get("resample"), entry["B"]
-    if entry.keys() != {*kinds, *tensors, "resample"} or resample not in (None, *RESAMPLES):
+    if entry.keys() != {*kinds, *tensors, "resample", "steps", "drawn_at"}:
         return False
-    if not all(isinstance(side, int) and side > 0 for side in shape) or B.dim() not in (2, 3) or B.dim() > len(shape):
+    shape, resample, B, counts = entry["shape"], entry["resample"], entry["B"], (entry["drawn_at"], entry["steps"])
+    if not all(map(_is_number, tensors.values())) or not all(map(_is_int, (*shape, *counts))):
         return False
-    if not math.isfinite(entry["scale"]) or not 0 <= entry["drawn_at"] <= entry["steps"]:
+    if B.dim() not in (2, 3) or B.dim() > len(shape) or min(shape) < 1 or not 0 <= counts[0] <= counts[1]:
         return False
-    stack, m, n = shape[: B.dim() - 2], shape[B.dim() - 2], math.prod(shape[B.dim() - 1 :])
+    if not (resample is None or (isinstance(resample, str) and resample in RESAMPLES)):
+        return False
+    if not abs(entry["scale"]) <= torch.finfo(torch.float32).max:  # nor if it is not a number
+        return False
+    check_choice(f"{KEY}.adapters.decomposition", entry["decomposition"], tuple(DECOMPOSITIONS))
+    kind = DECOMPOSITIONS[entry["decomposition"]]
+    *stack, r = B.shape[:-1]
+    m, n = shape[len(stack)], math.prod(shape[len(stack) + 1 :])
     m, n = (n, m) if entry["transposed"] else (m, n)
     sides = {"B": m, "B0": m, **({"A": n} if resample != "A" else {}), "A0": n}
     if not sides.keys() - {"A0", "B0"} <= tensors.keys() or ("A0" in tensors) != ("B0" in tensors):
         return False
-    fits = all(
-        list(tensors[name].shape) == [*stack, B.shape[-2], side] and tensors[name].dtype == B.dtype
-        for name, side in sides.items()
-        if name in tensors
-    )
-    return fits and all(tensor.is_floating_point() for tensor in tensors.values())
+    shapes = {name: [*stack, r, side] for name, side in sides.items() if name in tensors}
+    shapes |= {name: [*stack, m] for name in kind.per_output}
+    if stack != shape[: len(stack)] or not 0 < r <= min(m, n) or not shapes.keys() <= tensors.keys():
+        return False
+    if any(list(tensors[name].shape) != expected for name, expected in shapes.items()):
+        return False
+    if any(tensors[name].dtype != B.dtype for name in sides if name in tensors):
+        return False
+    try:
+        kind.check_shape("", m, n, r, "zero")
+        return resample == "A" or Adapter.from_state(entry) is not None
+    except (ValueError, KeyError):  # no such rank; no names of parameters
+        return False
 
 
 def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) -> None:
@@ -430,6 +483,9 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
             ("rank", given.rank, entry["B"].shape[-2]),
             ("tensors", sorted(tensors), sorted(then_tensors)),
             ("shapes", _shapes(tensors), _shapes(then_tensors)),
+            ("start", "zero" if given.A0 is None else "A0 B0", "A0 B0" if "A0" in entry else "zero"),
+            ("a weight of shape", list(given.shape), entry["shape"]),
+            ("transposed", given.transposed, entry["transposed"]),
             ("scale", given.scale, entry["scale"]),
             ("dtype", given.A.dtype, entry["B"].dtype),
         ):
@@ -450,8 +506,17 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in sorted(tensors)}
 
 
-def _dtype_of(expected: str) -> torch.dtype:
-    return getattr(torch, expected.partition(":")[0], None)  # type: ignore[return-value]
+def _cast(weight: Any, expected: str) -> Tensor | None:
+    """``weight`` in the dtype of the fingerprint ``expected``, as a precision may cast it later; None if it cannot."""
+    dtype = _dtype_of(expected)
+    if not isinstance(weight, Tensor) or not (dtype == weight.dtype or (dtype in NUMBERS and weight.dtype in NUMBERS)):
+        return None
+    return weight.to(dtype)
+
+
+def _dtype_of(expected: str) -> torch.dtype | None:
+    dtype = vars(torch).get(expected.partition(":")[0])
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _listed(names: Iterable[str], most: int = 5) -> str:

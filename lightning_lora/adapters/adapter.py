@@ -52,6 +52,8 @@ class Adapter(nn.Module):
     """Whether A and B project, so that they can be drawn anew."""
     rescales: ClassVar[bool] = False
     """Whether :meth:`gain` gives a factor for each output."""
+    per_output: ClassVar[tuple[str, ...]] = ()
+    """Names of further tensors that every checkpoint has, with one entry for each output: (m,) or (k, m)."""
 
     def __init_subclass__(cls, decomposition: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

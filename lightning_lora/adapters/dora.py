@@ -20,6 +20,7 @@ class DoRA(Adapter, decomposition="dora"):
 
     has_projections: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
+    per_output: ClassVar[tuple[str, ...]] = ("magnitude", "held_gain")
 
     magnitude: nn.Parameter
     held_gain: Tensor
