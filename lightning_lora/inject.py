@@ -204,7 +204,7 @@ def merge(module: nn.Module) -> None:
 
 def _fold_whole(place: Place) -> None:
     """Folds a sharded increment into its sharded weight as it would be folded into a file."""
-    weight, tensors = shards.Whole({"": place.weight}), shards.Whole(place.adapter.state_dict())
+    weight, tensors = shards.Whole({"": place.weight}, in_place=True), shards.Whole(place.adapter.state_dict())
     weight[""] = place.adapter.with_tensors(tensors).folded_into(weight[""])
 
 

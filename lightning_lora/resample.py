@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -50,10 +51,11 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
     A_new A^T M, which is n/r times as large. Second moments are replaced by their mean over the r rows: the rows are
     drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten.
     """
-    A, B = adapter.A.detach().clone(), adapter.B.detach().clone()
-    adapter.drawn_at = adapter.steps
-    adapter.draw()
-    for factor, old, new in ((adapter.A, B, adapter.B), (adapter.B, A, adapter.A)):
+    with shards.gathered(adapter) as whole:
+        A, B = whole.A.detach().clone(), whole.B.detach().clone()
+        whole.drawn_at = whole.steps
+        whole.draw()
+    for factor, old, new in ((adapter.A, B, whole.B), (adapter.B, A, whole.A)):
         if factor not in optimizer.state:
             continue
         if moments == "reset":
@@ -68,7 +70,9 @@ def _transfer(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
     old, new = old.to(dtype), new.to(dtype)
     for name in FIRST_MOMENTS:
         if (moment := state.get(name)) is not None:
-            moment.copy_(new @ torch.linalg.pinv(old, rtol=SMALLEST) @ moment.to(dtype))
+            carried = new @ torch.linalg.pinv(old, rtol=SMALLEST) @ shards.whole(moment).to(dtype)
+            shards.write(moment, carried)
     for name in SECOND_MOMENTS:
         if (moment := state.get(name)) is not None:
-            moment.copy_(moment.mean(-2, keepdim=True).expand_as(moment))
+            mean = shards.whole(moment).mean(-2, keepdim=True)
+            shards.write(moment, mean.expand(moment.shape))
