@@ -15,7 +15,7 @@ from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.inject import Injection, Place, adapters, places
 from lightning_lora.options import Options
-from lightning_lora.resample import check_moments, draw_anew, warn_of_decay
+from lightning_lora.resample import check_moments, draw_anew, forget, warn_of_decay
 
 _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 """Adapter -> the optimizers whose steps it follows."""
@@ -89,7 +89,7 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
     def remember(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shards.reshard(module)
         for follower in followers:
-            follower.remember()
+            follower.remember(optimizer)
         if len(args) > 1 and args[1] is not None:  # the first is the optimizer itself
             return (args[0], _once(args[1]), *args[2:]), kwargs
         if kwargs.get("closure") is not None:
@@ -145,8 +145,10 @@ class Follower:
                     " to one."
                 )
 
-    def remember(self) -> None:
-        """Keeps what it takes to follow a step."""
+    def remember(self, optimizer: Optimizer) -> None:
+        """Keeps what it takes to follow a step that is about to be taken."""
+        if self.adapter.resample is not None and self.options.resample_moments == "reset":
+            forget(self.adapter, optimizer)
         if self.place.host.holds_increment:
             self._before = shards.whole_adapter(self.adapter).held()
         if self.options.lr_ratio is not None:

@@ -210,7 +210,7 @@ class LoRA(Callback):
                 )
             earlier._make_plain(pl_module)  # a tuner failed before any callback could hear of it
             if isinstance(pl_module, _Run):  # it is sharded, and adapted until `merge`
-                unswap(pl_module)
+                unswap(pl_module, _Run)
         if stage == "fit":
             _refuse_unsupported(trainer)
             if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -257,7 +257,7 @@ class LoRA(Callback):
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
-        self._waits_for_file = False
+        self._waits_for_file = self._reads = False
         if shards.is_sharded(pl_module):
             if self._loads_late and super(_Run, pl_module).strict_loading:  # type: ignore[misc]
                 _check_complete(trainer, pl_module)
@@ -405,7 +405,7 @@ class LoRA(Callback):
         self._forget_loading()
         if adapters(pl_module) and shards.is_sharded(pl_module):
             return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
-        unswap(pl_module)
+        unswap(pl_module, _Run)
         if self._trains and adapters(pl_module):
             state = pl_module.state_dict()
             payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)

@@ -51,7 +51,7 @@ class Fingerprints:
     """Fingerprints of frozen weights, each computed once for as long as its weight is not written to."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+        self._known: dict[str, tuple[tuple[int, int, bool], str]] = {}
 
     def of(
         self, key: str, state: Mapping[str, Tensor], part: Tensor | None = None, stored: Storage | None = None
@@ -61,7 +61,8 @@ class Fingerprints:
         Of a quantised weight, that of what is ``stored``.
         """
         held = stored.tensors()[0] if stored is not None else state[key] if part is None else part
-        seen = held.data_ptr(), held._version
+        gathers = isinstance(state, shards.Whole)  # so that all processes know it, or none
+        seen = held.data_ptr(), held._version, gathers
         if key not in self._known or self._known[key][0] != seen:
             self._known[key] = seen, fingerprint(state[key]) if stored is None else stored.fingerprint()
         return self._known[key][1]

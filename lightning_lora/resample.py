@@ -49,20 +49,26 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
 
     which is A_new times the smallest G^T that A takes to M, and likewise for A with B. Flora (Hao et al., 2024) has
     A_new A^T M, which is n/r times as large. Second moments are replaced by their mean over the r rows: the rows are
-    drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten.
+    drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten, by :func:`forget`.
     """
     with shards.gathered(adapter) as whole:
         A, B = whole.A.detach().clone(), whole.B.detach().clone()
         whole.drawn_at = whole.steps
         whole.draw()
     for factor, old, new in ((adapter.A, B, whole.B), (adapter.B, A, whole.A)):
-        if factor not in optimizer.state:
-            continue
-        if moments == "reset":
-            del optimizer.state[factor]
-        elif moments == "transfer":
+        if moments == "transfer" and factor in optimizer.state:
             with torch.autocast(factor.device.type, enabled=False):  # which is on in a manual optimization's step
                 _transfer(optimizer.state[factor], old, new)
+
+
+def forget(adapter: Adapter, optimizer: Optimizer) -> None:
+    """Before the first step after a draw: forgets what the ``optimizer`` keeps for the factors that were drawn.
+
+    Not at the draw itself: a folder of parts that is saved in between needs the states of all that is trained.
+    """
+    if adapter.steps == adapter.drawn_at:
+        for factor in (adapter.A, adapter.B):
+            optimizer.state.pop(factor, None)
 
 
 def _transfer(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
