@@ -299,7 +299,7 @@ class LoRA(Callback):
                 attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)
             ]
         own_run = _callbacks(trainer) is self._own_callbacks  # a tuner's trial steps have others
-        if self.log_memory and own_run and not shards.is_sharded(pl_module):
+        if self.log_memory and own_run:
             self._meter = MemoryMeter(pl_module, trainer.optimizers, trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

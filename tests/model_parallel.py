@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import LoRA, adapters, inject, merge
 from lightning_lora.hosts import Host
+from lightning_lora.memory import PARTS
 
 LAYERS = ["embed", "conv", "linear"]
 OPTIONS = {"rank": 3, "target_modules": LAYERS, "modules_to_save": ["head"]}
@@ -95,7 +96,8 @@ class Net(LightningModule):
             self.head = nn.Linear(5, 3)
 
     def configure_model(self) -> None:
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or isinstance(self, FSDPModule):
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy) or isinstance(self, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]
         if self.shard == "before":
@@ -181,6 +183,12 @@ class Watch(Callback):
         self.dtypes = {name: str(p.dtype) for name, p in pl_module.named_parameters()}
         self.module = digest({name: local(p) for name, p in pl_module.state_dict().items()})
         self.optimizers = digest([[local(v) for v in state.values()] for state in optimizer.state.values()])
+        (report,) = (callback.memory for callback in trainer.callbacks if isinstance(callback, LoRA))
+        self.memory = {
+            side: {part: getattr(getattr(report, side), part) for part in (*PARTS, "communicated")}
+            for side in ("lora", "full")
+        }
+        self.memory["notes"] = report.notes
         self.W0 = {name: digest(whole(pl_module.get_submodule(name).weight)) for name in LAYERS}
 
 
@@ -197,6 +205,17 @@ class Save(Callback):
                 trainer.save_checkpoint(file)
 
 
+class SaveAtTheStart(Callback):
+    """For which torch makes the optimizer's states by a step with nothing to learn."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 0:
+            trainer.save_checkpoint(self.file)
+
+
 def local(value):
     return value.detach().to_local() if isinstance(value, DTensor) else value
 
@@ -209,7 +228,9 @@ def net(name: str, **arguments) -> Net:
     return Net(options={**OPTIONS, **RUNS[name]}, policy=name.endswith("policy"), **arguments)
 
 
-def fit(folder, model, options, *callbacks, devices=2, file=None, distributed=False, **trainer_options) -> Trainer:
+def fit(
+    folder, model, options, *callbacks, devices=2, file=None, distributed=False, batch=4, **trainer_options
+) -> Trainer:
     """Two epochs of 3 batches of 4, divided among the processes."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(11, (4 * BATCHES, 6), generator=generator)
@@ -218,7 +239,7 @@ def fit(folder, model, options, *callbacks, devices=2, file=None, distributed=Fa
     rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
     sampler = DistributedSampler(dataset, num_replicas=devices, rank=rank, shuffle=False)
     strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=distributed) if sharded else "auto"
-    loader = DataLoader(dataset, batch_size=4 // devices, sampler=sampler)
+    loader = DataLoader(dataset, batch_size=batch // devices, sampler=sampler)
     lora = [] if options is None else [LoRA(**{**OPTIONS, **options})]
     trainer = Trainer(
         default_root_dir=folder,
@@ -282,6 +303,9 @@ def main(folder: Path) -> None:
             except AssertionError as error:
                 seen["deepcopy"] = str(error)
             seen["adapted after fit"] = sorted(adapters(model))
+        if name == "both":
+            early = train(folder, name, 2, SaveAtTheStart(folder / "start.ckpt"))[0]
+            seen["saved at the start"] = [[one.module, one.optimizers] for one in (watch, early)]
         if name in ("zero", "merged", "A"):
             again = Watch()
             fit(folder, model, RUNS[name], again)

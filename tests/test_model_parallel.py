@@ -43,8 +43,8 @@ def run(request, processes, tmp_path_factory):
 
 
 def close(actual, expected, name=""):
-    atol = 3e-2 if name in ROUNDED else 2e-6 if "accumulated" in name else 1e-6
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+    rtol, atol = (2e-2, 3e-2) if name in ROUNDED else (0, 1e-6)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def test_two_processes_that_share_the_parameters_have_the_losses_of_one(run):
