@@ -184,6 +184,8 @@ class LoRA(Callback):
         """What this process held of sharded weights before a file was loaded into them."""
         self._loads_late = False
         """Whether a strategy may yet do that, before anything can hear of it."""
+        self._reads = False
+        """Whether it has begun."""
         self._trains = False
         self._rounded: list[Adapter] = []
         """Those whose weights are rounded at each draw."""
@@ -208,7 +210,7 @@ class LoRA(Callback):
         if isinstance(pl_module, _Run):
             pl_module.lora_callback._make_plain(pl_module)  # a tuner failed before any callback could hear of it
             if isinstance(pl_module, _Run):  # it is sharded, and adapted until `merge`
-                unswap(pl_module)
+                unswap(pl_module, _Run)
         if stage == "fit":
             _refuse_unsupported(trainer)
             if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -247,11 +249,6 @@ class LoRA(Callback):
             )
         self._trains = True
         held = [place.name for place in places(pl_module) if place.host.holds_increment]
-        if held and shards.is_sharded(pl_module):
-            raise MisconfigurationException(
-                f"The weight of {held[0]!r} would hold its increment, which LoRA does not support where weights are"
-                " sharded. Leave it out of the targets: Linear, Embedding and convolutions can be factored."
-            )
         if held and self.checkpoint == "adapter":
             raise MisconfigurationException(
                 f"`checkpoint='adapter'` needs frozen weights, and that of {held[0]!r} holds its increment and is not"
@@ -260,6 +257,7 @@ class LoRA(Callback):
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
+        self._reads = False
         if shards.is_sharded(pl_module):
             if self._loads_late and super(_Run, pl_module).strict_loading:  # type: ignore[misc]
                 _check_complete(trainer, pl_module)
@@ -301,7 +299,7 @@ class LoRA(Callback):
                 attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)
             ]
         own_run = _callbacks(trainer) is self._own_callbacks  # a tuner's trial steps have others
-        if self.log_memory and own_run and not shards.is_sharded(pl_module):
+        if self.log_memory and own_run:
             self._meter = MemoryMeter(pl_module, trainer.optimizers, trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -330,7 +328,8 @@ class LoRA(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Names the adapters that no gradient reached in the first batch; logs what stochastic rounding has kept."""
         if lost := [adapter.lost for adapter in self._rounded if adapter.lost is not None]:
-            pl_module.log("lora/lost_to_nearest_rounding", torch.stack(lost).mean())
+            share, sharded = torch.stack(lost).mean(), shards.is_sharded(pl_module)
+            pl_module.log("lora/lost_to_nearest_rounding", share, sync_dist=sharded)  # of the rows of each process
         if self._idle:
             rank_zero_warn(
                 f"No gradient reached the adapters of {', '.join(sorted(self._idle))} in the first batch. They stay at"
@@ -354,7 +353,8 @@ class LoRA(Callback):
             return
         state = checkpoint["state_dict"]
         if any(shards.is_part(tensor) for tensor in state.values()):
-            checkpoint[ckpt.KEY] = ckpt.describe(pl_module, self.options, self._fingerprints)
+            parts = ckpt.merged_parts(state, pl_module, self.options, self._fingerprints)
+            checkpoint["state_dict"], checkpoint[ckpt.KEY] = parts
             return
         payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
         ckpt.put_out(state, payload, storages(pl_module))
@@ -395,11 +395,12 @@ class LoRA(Callback):
 
     def keep_w0(self, pl_module: pl.LightningModule) -> None:
         """Keeps what this process has of W0, which a strategy is about to overwrite by what is in a file."""
-        if not self._before:
-            self._before = {place.key: place.weight.detach().clone() for place in places(pl_module)}
+        if not self._reads:
+            frozen = (place for place in places(pl_module) if not place.host.holds_increment)
+            self._reads, self._before = True, {place.key: place.weight.detach().clone() for place in frozen}
 
     def _forget_loading(self) -> None:
-        self._loads_late, self._before = False, {}
+        self._loads_late, self._reads, self._before = False, False, {}
 
     def _make_plain(self, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, _Run) or pl_module.lora_callback is not self:
@@ -411,7 +412,7 @@ class LoRA(Callback):
         self._forget_loading()
         if adapters(pl_module) and shards.is_sharded(pl_module):
             return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
-        unswap(pl_module)
+        unswap(pl_module, _Run)
         if self._trains and adapters(pl_module):
             state = pl_module.state_dict()
             payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
@@ -442,6 +443,15 @@ class _Run(Swapped, pl.LightningModule):
         return super().strict_loading
 
     strict_loading = property(_is_strict, pl.LightningModule.strict_loading.fset)  # type: ignore[attr-defined]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a strategy looks for in a folder of parts, while it reads one, are the keys of the plain model."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora_callback._reads:
+            for place in places(self):
+                for name in place.adapter.state_dict():
+                    state.pop(f"{kwargs.get('prefix', '')}{place.factors}{name}", None)
+        return state
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -536,11 +546,6 @@ def _refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: s
         raise MisconfigurationException(
             f"LoRA supports {name} with `tensor_parallel_size=1` only: a layer that is split over processes would need"
             " an adapter split alike. Use `data_parallel_size` for all of them, with `fully_shard`."
-        )
-    if options.gradient != "factored":
-        raise MisconfigurationException(
-            f"`gradient={options.gradient!r}` changes the weights after each step, which LoRA does not do to sharded"
-            f" ones. Under {name} use `gradient='factored'`."
         )
     if options.init == "gradient":
         raise MisconfigurationException(

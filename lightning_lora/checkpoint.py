@@ -6,8 +6,7 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
 ``checkpoint["lightning_lora"]`` holds tensors and primitives only::
 
     version   of this format
-    form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers;
-              "sharded": what the module holds while training, W0 and adapters, each process its part
+    form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
     options   of the callback, to be read by people
     adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
               decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
@@ -54,7 +53,7 @@ class Fingerprints:
     """Fingerprints of frozen weights, each computed once for as long as its weight is not written to."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+        self._known: dict[str, tuple[tuple[int, int, bool], str]] = {}
 
     def of(
         self, key: str, state: Mapping[str, Tensor], part: Tensor | None = None, stored: Storage | None = None
@@ -64,7 +63,8 @@ class Fingerprints:
         Of a quantised weight, that of what is ``stored``.
         """
         held = stored.tensors()[0] if stored is not None else state[key] if part is None else part
-        seen = held.data_ptr(), held._version
+        gathers = isinstance(state, shards.Whole)  # so that all processes know it, or none
+        seen = held.data_ptr(), held._version, gathers
         if key not in self._known or self._known[key][0] != seen:
             self._known[key] = seen, fingerprint(state[key]) if stored is None else stored.fingerprint()
         return self._known[key][1]
@@ -91,7 +91,8 @@ def take_apart(
                     " out what is frozen by `LoRA(checkpoint='adapter')`, not by a callback."
                 )
             tensors = {name: state.pop(f"{place.factors}{name}") for name in place.adapter.state_dict()}
-            adapters[place.name] = place.adapter.with_tensors(tensors).state(state[place.key])
+            weight = state[place.key] if place.adapter.rescales else place.weight  # to gather it costs
+            adapters[place.name] = place.adapter.with_tensors(tensors).state(weight)
             if not place.host.holds_increment:
                 frozen[place.key] = shards.part(place.weight)
         for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
@@ -112,14 +113,19 @@ def take_apart(
     }
 
 
-def describe(module: nn.Module, options: Options, fingerprints: Fingerprints) -> State:
-    """What ``checkpoint["lightning_lora"]`` is where each process writes its part of ``module`` as it is.
+def merged_parts(state: State, module: nn.Module, options: Options, fingerprints: Fingerprints) -> tuple[State, State]:
+    """The merged state of which each process holds the parts that it is to write, and ``checkpoint["lightning_lora"]``.
 
     All processes call this together: A, B, and one after another the frozen weights are gathered.
+
+    Args:
+        state: That of the adapted ``module``, in parts. It is left as it is.
+        module, options, fingerprints: As for :func:`take_apart`.
     """
-    payload = take_apart(shards.Whole(module.state_dict()), module, options, "sharded", fingerprints)
-    payload["adapters"] = move_data_to_device(payload["adapters"], torch.device("cpu"))
-    return payload
+    whole = shards.Whole(state)
+    payload = take_apart(whole, module, options, "merged", fingerprints)
+    fold(whole, payload)
+    return whole.parts, payload
 
 
 def put_out(state: State, payload: State, stored: Mapping[str, Storage] | None = None, merged: bool = False) -> None:
@@ -145,17 +151,19 @@ def put_out(state: State, payload: State, stored: Mapping[str, Storage] | None =
         state[key] = stored[key].dequantized().to(stored[key].dtype)
 
 
-def fold(state: State, payload: State, stored: Mapping[str, Storage] | None = None) -> None:
+def fold(state: MutableMapping[str, Any], payload: State, stored: Mapping[str, Storage] | None = None) -> None:
     """Folds the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
     folded: dict[int, Tensor] = {}
     for name, entry in payload["adapters"].items():
         if (key := weight_key(name, state)) in payload["base"]:
             layer = (stored or {}).get(key)
-            place = (state[key] if layer is None else layer.tensors()[0]).data_ptr()
-            if place not in folded:
-                weight = state[key] if layer is None else layer.dequantized()
-                folded[place] = Adapter.from_state(entry).folded_into(weight).to((layer or weight).dtype)
-            state[key] = folded[place]
+            held = state[key] if layer is None else layer.tensors()[0]
+            if isinstance(state, shards.Whole):  # what it gives has no place of its own
+                folded.clear()
+            if held.data_ptr() not in folded:
+                weight = held if layer is None else layer.dequantized()
+                folded[held.data_ptr()] = Adapter.from_state(entry).folded_into(weight).to((layer or weight).dtype)
+            state[key] = folded[held.data_ptr()]
 
 
 def weight_key(name: str, state: Mapping[str, Any]) -> str:
@@ -190,9 +198,7 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | Non
         _keep_quantized(state, payload, stored)
     if found:
         _check_same_adapters(payload, module, found)
-    if payload["form"] == "sharded":
-        _drop_adapters(state, payload)
-    elif found or payload["form"] == "adapter":
+    if found or payload["form"] == "adapter":
         _put_base_back(state, payload, current, found, exact, held or {"base": {}, "adapters": {}}, stored)
     for place in found:
         for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
@@ -217,46 +223,16 @@ def take_in_shards(checkpoint: State, module: nn.Module, exact: bool, before: Ma
         return
     _check_format(payload)
     shards.reshard(module)
-    state = shards.Whole(module.state_dict())
-    found = list(places(module))
-    if found:
-        _check_same_adapters(payload, module, found)
-        if payload["form"] == "merged":
-            _put_base_back(state, payload, shards.Whole(before), found, exact, {"base": {}, "adapters": {}}, {})
+    state = shards.Whole(module.state_dict(), in_place=True)
+    if not (found := list(places(module))):
+        return
+    _check_same_adapters(payload, module, found)
+    _put_base_back(state, payload, shards.Whole(before), found, exact, {"base": {}, "adapters": {}}, {})
     for place in found:
-        for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
+        with shards.gathered(place.adapter) as whole:
+            tensors = whole.resume(payload["adapters"][place.name])
+        for name, value in tensors.items():
             state[f"{place.factors}{name}"] = value
-    if not found and payload["form"] == "sharded":
-        once = dict(module.named_parameters())  # a shared weight by one of its names
-        for name, entry in payload["adapters"].items():
-            if (key := weight_key(name, state)) in once:
-                state[key] = Adapter.from_state(entry).folded_into(state[key])
-
-
-def as_merged(checkpoint: State) -> State:
-    """The merged checkpoint, with the plain model's ``state_dict``, of one that was sharded and then consolidated.
-
-    For what ``python -m lightning.fabric.utilities.consolidate_checkpoint`` makes of a folder that
-    ``ModelParallelStrategy(save_distributed_checkpoint=True)`` has written.
-    """
-    payload: State = checkpoint.get(KEY, {})
-    _check_format(payload)
-    if payload["form"] != "sharded":
-        raise ValueError(f"The checkpoint was not sharded: its form is {payload['form']!r}.")
-    _check_weights(payload, checkpoint.get("state_dict"), {}, {})
-    state = dict(checkpoint["state_dict"])
-    _drop_adapters(state, payload)
-    fold(state, payload)
-    return {**checkpoint, "state_dict": state, KEY: {**payload, "form": "merged"}}
-
-
-def _drop_adapters(state: State, payload: State) -> None:
-    """Leaves W0 in ``state``, which was sharded; the adapters are in ``payload`` too."""
-    for name, entry in payload["adapters"].items():
-        if f"{name}.lora.B" not in state:
-            raise _malformed(f"its form is 'sharded', and `state_dict` has no adapter of {name!r}")
-        for factor in entry:
-            state.pop(f"{name}.lora.{factor}", None)
 
 
 def _put_base_back(
@@ -364,7 +340,7 @@ def _check_format(payload: Any) -> None:
     for field, kind in kinds.items():
         if not isinstance(payload.get(field), kind):
             raise _malformed(f"`{field}` is missing or no {kind.__name__}")
-    check_choice(f"{KEY}.form", payload["form"], (*CHECKPOINTS, "sharded"))
+    check_choice(f"{KEY}.form", payload["form"], CHECKPOINTS)
     for field in ("adapters", "trained", "base"):
         if not all(isinstance(name, str) for name in payload[field]):
             raise _malformed(f"`{field}` is not a {kinds[field].__name__} of names")

@@ -204,14 +204,15 @@ def merge(module: nn.Module) -> None:
 
 def _fold_whole(place: Place) -> None:
     """Folds a sharded increment into its sharded weight as it would be folded into a file."""
-    weight, tensors = shards.Whole({"": place.weight}), shards.Whole(place.adapter.state_dict())
+    weight, tensors = shards.Whole({"": place.weight}, in_place=True), shards.Whole(place.adapter.state_dict())
     weight[""] = place.adapter.with_tensors(tensors).folded_into(weight[""])
 
 
 def take_out(module: nn.Module) -> None:
     """Makes ``module`` plain again with its weights as they stand: classes, keys, ``requires_grad``."""
     for child in [child for child in module.modules() if isinstance(child, Swapped)]:
-        unswap(child)
+        while isinstance(child, Swapped):
+            unswap(child)
     for owner in module.modules():
         if (injection := owner.__dict__.pop("lora_injection", None)) is not None:
             _set_flags(owner, injection, adapted=False)

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from lightning_lora import shards
 from lightning_lora.activations import Activations, dry_run, hollow, nbytes, new_mode, watch_step
 from lightning_lora.hosts import ParameterHost
 from lightning_lora.hosts.quantized import storages
@@ -184,7 +185,7 @@ class MemoryMeter:
         self._optimizers = optimizers
         self._processes = processes
         self._activations = Activations()
-        self._gradients = 0
+        self._gradients = self._reduced = 0
         self._stepped: set[Optimizer] = set()
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         self._own_step = vars(module).get("training_step")
@@ -200,8 +201,10 @@ class MemoryMeter:
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped.add(optimizer)
-        standing = (p.grad for p in self._module.parameters() if p.grad is not None)
+        shards.reshard(self._module)
+        standing = [p.grad for p in self._module.parameters() if p.grad is not None]
         self._gradients = max(self._gradients, nbytes(standing))
+        self._reduced = max(self._reduced, _whole_nbytes(standing))
         self.report = self._read()
 
     def _read(self) -> MemoryReport:
@@ -219,7 +222,7 @@ class MemoryMeter:
             gradients=self._gradients + projected,
             optimizer=state,
             activations=self._activations.lora,
-            communicated=self._gradients if self._processes > 1 else 0,
+            communicated=self._reduced if self._processes > 1 else 0,
             derived=frozenset(["gradients"] * bool(projected) + ["optimizer"] * derived),
         )
         full = Memory(
@@ -227,7 +230,7 @@ class MemoryMeter:
             gradients=nbytes(trained),
             optimizer=derived_nbytes((p, known.get(p, default)) for p in trained),
             activations=self._activations.full,
-            communicated=nbytes(trained) if self._processes > 1 else 0,
+            communicated=_whole_nbytes(trained) if self._processes > 1 else 0,
             derived=frozenset({"gradients", "optimizer", "activations"}),
         )
         note = self._activations.note
@@ -263,8 +266,14 @@ def _scales(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _standing_gradient(module: nn.Module) -> int:
-    """Bytes of the largest gradient of a weight that stands until it is projected."""
-    return max((nbytes([place.weight]) for place in places(module) if isinstance(place.host, ParameterHost)), default=0)
+    """Bytes of the largest gradient of a weight that stands until it is projected; of a sharded one too, it is whole."""
+    by_parameter = (place.weight for place in places(module) if isinstance(place.host, ParameterHost))
+    return max((_whole_nbytes([weight]) for weight in by_parameter), default=0)
+
+
+def _whole_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of ``tensors``, with the parts that other processes hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _peak(device: torch.device) -> int | None:

@@ -69,7 +69,7 @@ class _LinearTap(torch.autograd.Function):
         else:
             ctx.save_for_backward(A.to(x.dtype) @ _rows(x).T)
         ctx.adapter = adapter
-        return y.view_as(y)
+        return y.detach()  # no view, on which autograd would allow nothing in place
 
     @staticmethod
     @without_autocast
@@ -89,7 +89,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, layer: Tapped) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.layer = layer
-        return y.view_as(y)
+        return y.detach()  # no view, on which autograd would allow nothing in place
 
     @staticmethod
     @without_autocast

@@ -45,7 +45,8 @@ class FactoredConvHost(_ConvHost):
         y, z = super().forward(input), self.down(x, A)
         if self.groups == 1 and y.dim() == len(self.lora.shape) and y.is_contiguous() and y.dtype == B.dtype:
             ups = B.T.expand(y.shape[0], -1, -1)  # a matrix product for each image, summed to y as it is formed
-            y = torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale).view(y.shape)
+            sums = torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale)
+            y = torch.ops.aten._unsafe_view(sums, y.shape)  # no view, which FSDP2 could not follow in place
         else:
             y = y + self.up(z, B)
         return self.rescaled(y, channel=1 - len(self.lora.shape))

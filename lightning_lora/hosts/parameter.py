@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients import projected
 from lightning_lora.hosts.host import Host
@@ -38,9 +39,10 @@ def _reader(name: str) -> Callable[[ParameterHost], Tensor]:
     def read(host: ParameterHost) -> Tensor:
         weight = host._parameters[name]
         assert weight is not None
-        if not torch.is_grad_enabled():
-            return weight
-        return projected.read(weight, cast(Adapter, host.lora[name]))
+        adapter = cast(Adapter, host.lora[name])
+        if not torch.is_grad_enabled() or shards.is_part(weight) or shards.is_part(adapter.A):
+            return weight  # FSDP2 reads and puts back, one after another, what no forward is to see
+        return projected.read(weight, adapter)
 
     return read
 

@@ -35,18 +35,21 @@ def swap(module: nn.Module, mixin: type[Swapped], read: tuple[str, ...] = ()) ->
     module.__class__ = _swapped_class(mixin, type(module), read)  # type: ignore[arg-type]
 
 
-def unswap(module: Swapped) -> None:
-    """Gives ``module`` its own class back, and takes the mixin's attribute from it."""
-    delattr(module, module.attribute)
-    module.__class__ = _unswapped_class(type(module))  # type: ignore[arg-type]
+def unswap(module: Swapped, mixin: type[Swapped] = Swapped) -> None:
+    """Takes ``mixin``, or the last one, and its attribute from ``module``, which has its own class again."""
+    swapped: Any = next(kind for kind in type(module).__mro__ if issubclass(vars(kind).get("mixin", object), mixin))
+    delattr(module, swapped.mixin.attribute)
+    module.__class__ = _unswapped_class(type(module), swapped)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _unswapped_class(cls: Any) -> Any:
-    """``cls`` without the mixin, also where it is made of a swapped class, as by FSDP2's ``fully_shard``."""
-    if "base_class" in vars(cls):
+def _unswapped_class(cls: Any, swapped: Any) -> Any:
+    """``cls`` with its ancestor ``swapped`` in its own class's place; others, as of ``fully_shard``, stay on top."""
+    if cls is swapped:
         return cls.base_class
-    bases = tuple(_unswapped_class(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
+    if "base_class" in vars(cls):
+        return _swapped_class(cls.mixin, _unswapped_class(cls.base_class, swapped), cls.read)
+    bases = tuple(_unswapped_class(base, swapped) if issubclass(base, swapped) else base for base in cls.__bases__)
     attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(attributes))
 
