@@ -481,8 +481,10 @@ AVERAGED = (
     " and the `state_dict` of several can be averaged"
 )
 REFUSED: Mapping[type[Callback], str] = {
-    BaseFinetuning: "it freezes and unfreezes the parameters that LoRA has frozen; LoRA replaces it",
-    ModelPruning: "it rewrites the frozen weights while adapters are trained on them",
+    BaseFinetuning: "it freezes and unfreezes the parameters that LoRA has frozen; LoRA replaces it, with"
+    " `modules_to_save` for what is to be trained in full",
+    ModelPruning: "it rewrites the frozen weights while adapters are trained on them; prune the merged module after"
+    " `fit`",
     StochasticWeightAveraging: AVERAGED,
     WeightAveraging: AVERAGED,
 }

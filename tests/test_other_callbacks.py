@@ -5,7 +5,9 @@
 
 import dataclasses
 import gc
+import itertools
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -79,7 +81,7 @@ def test_every_public_callback_of_lightning_is_in_one_of_the_tables():
     assert not WORKS.keys() & REFUSED.keys()
 
 
-# -------------------------------------------------------------------------------------------------- what runs are made of
+# ------------------------------------------------------------------------------------------------ what runs are made of
 
 
 class Model(Net):
@@ -127,6 +129,10 @@ class Log(Logger):
         """The rows, with the metrics that begin with one of ``names`` alone."""
         found = [(step, {key: value for key, value in row.items() if key.startswith(names)}) for step, row in self.rows]
         return [row for row in found if row[1]]
+
+
+def read(file: Path) -> dict:
+    return torch.load(file, weights_only=True)
 
 
 class SaveAfterEpoch(Checkpoint):  # which Lightning calls last
@@ -359,7 +365,7 @@ def outcome(name: str, mode: str, order: str, folder: Path) -> Outcome:
     before = structure(model)
     end, did, run = fit(model, 0)
     was_plain = structure(model) == before
-    file = torch.load(folder / "saved.ckpt", weights_only=True)
+    file = read(folder / "saved.ckpt")
     again = module()
     again.batch_size = model.batch_size
     try:
@@ -390,8 +396,16 @@ def outcomes(tmp_path_factory):
     return get
 
 
-STEPPING = ("LearningRateFinder", "GradientAccumulationScheduler")
-PAIRS = [(name, mode) for name in WORKS for mode in MODES if mode != "merged" or name in STEPPING]
+STEP = {"LearningRateFinder", "GradientAccumulationScheduler"}
+ONLY_LOOK = {"BasePredictionWriter", "DeviceStatsMonitor", "LambdaCallback", "LearningRateMonitor", "ThroughputMonitor"}
+ONLY_LOOK |= {name for name in WORKS if name.endswith("Bar")}
+PAIRS = [
+    (name, mode)
+    for name in WORKS
+    for mode in MODES
+    if name in STEP or mode == "merged-bf16-true" or (mode == "factored" and name not in ONLY_LOOK)
+]
+"""Those that only look on are seen in the mode that keeps the most beside the weights; those that step, in all."""
 
 
 @pytest.mark.parametrize(("name", "mode"), PAIRS)
@@ -417,6 +431,11 @@ def test_its_state_and_all_else_is_in_the_file_as_without_us_and_the_weights_are
     Net().load_state_dict(found["state_dict"])
 
 
+@pytest.mark.parametrize("mode", ["factored", "merged-bf16-true"])
+def test_early_stopping_stops_before_the_last_epoch(mode, outcomes):
+    assert outcomes("EarlyStopping", mode, "LoRA first").end[-1] == 16 < 9 * 8
+
+
 RESUMED_OTHERWISE = {
     "BatchSizeFinder": "its trial steps end in a restore, which leaves nothing of the file that the run was given",
     "LearningRateFinder": "its trial steps end in a restore, which leaves nothing of the file that the run was given",
@@ -433,10 +452,6 @@ def test_a_run_with_it_resumes_bitwise_or_as_it_does_without_us(name, mode, orde
     assert found.resumed == outcomes(name, mode, "no LoRA").resumed
 
 
-def read(file):
-    return torch.load(file, weights_only=True)
-
-
 def state(trainer, pl_module) -> str:
     return digest([pl_module.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]])
 
@@ -449,7 +464,7 @@ class AtStart(Callback):
         self.steps = [adapter.steps for adapter in adapters(pl_module).values()]
 
 
-# --------------------------------------------------------------------------------------------------------- the finders
+# ---------------------------------------------------------------------------------------------------------- the finders
 
 
 FOUND_IN = {
@@ -534,6 +549,22 @@ def test_a_tuner_finds_what_it_finds_without_us_and_leaves_a_plain_module_as_it_
     assert digest(model.to(dtype).state_dict()) == digest(Net().to(dtype).state_dict())
 
 
+class Unused(Model):
+    """One layer takes no part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("name", ["LearningRateFinder", "BatchSizeFinder"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_adapter_that_no_gradient_reached_is_named_once_though_a_finder_trains_first(order, name, tmp_path):
+    with pytest.warns(UserWarning, match="No gradient reached the adapters of spare") as caught:
+        trainer(tmp_path, *in_order(order, LoRA(rank=2), CASES[name].make(tmp_path)), max_epochs=2).fit(Unused())
+    assert len([warning for warning in caught if "No gradient" in str(warning.message)]) == 1
+
+
 class OutOfMemory(Model):
     """Batches above 8 fail after the backward pass, when gradients are there already."""
 
@@ -573,7 +604,7 @@ def test_a_size_is_found_in_evaluation_and_the_weights_stay_those_of_the_file(fu
     assert structure(model) == before
 
 
-# --------------------------------------------------------------------------------- files, whichever callback writes them
+# -------------------------------------------------------------------------------- files, whichever callback writes them
 
 
 def fit_in_epochs(folder, mode, *others, epochs, ckpt_path=None, model=Net):
@@ -637,7 +668,7 @@ def test_every_file_of_model_checkpoint_is_plain_and_resumes_bitwise(name, mode,
     fit_in_epochs(tmp_path, mode, writer("written"), epochs=2, model=Adam)
     files = sorted((tmp_path / "written").iterdir())
     assert len(files) == n_files
-    for file in files[:: max(1, len(files) // 3)]:
+    for file in files[:: max(1, len(files) // 2)]:
         Net().load_state_dict(read(file)["state_dict"])
         with pytest.warns(UserWarning, match="The dirpath has changed"):
             ends = fit_in_epochs(tmp_path, mode, writer("more"), epochs=3, ckpt_path=file, model=Adam)
@@ -674,8 +705,6 @@ class At(Callback):
 
 BETWEEN_STEPS = (
     "on_train_batch_end",
-    "on_validation_start",
-    "on_validation_batch_end",
     "on_validation_end",
     "on_train_epoch_end",
     "on_train_end",
@@ -728,7 +757,7 @@ class BeforeEachStep(Callback):
         self.state = state(trainer, pl_module)
 
 
-@pytest.mark.parametrize("mode", WRITTEN_IN)
+@pytest.mark.parametrize("mode", ["factored", "merged-bf16-true", "resampled-bf16-true"])
 @pytest.mark.parametrize("name", writers_on_exception(Path()))
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_file_written_on_an_exception_has_what_the_exception_found(order, name, mode, tmp_path):
@@ -746,6 +775,57 @@ def test_a_file_written_on_an_exception_has_what_the_exception_found(order, name
     start, writer = AtStart(), writers_on_exception(tmp_path)[name]
     fit_in_epochs(tmp_path, mode, start, writer, epochs=2, ckpt_path=file, model=Adam)
     assert start.state == before.state
+
+
+class Interrupted(Adam):
+    def on_train_batch_end(self, *_) -> None:
+        if self.trainer.global_step == 11:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", ["factored", "resampled-bf16-true"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_run_that_is_interrupted_by_hand_leaves_a_plain_module_and_a_file_to_go_on_from(order, mode, tmp_path):
+    class AtEnd(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            self.state = state(trainer, pl_module)
+
+    lora, options = WRITTEN_IN[mode]
+    end, start, model = AtEnd(), AtStart(), Interrupted()
+    plain, handler = structure(model), signal.getsignal(signal.SIGINT)
+    writer = writers_on_exception(tmp_path)["by hand"]
+    try:
+        with pytest.raises(SystemExit):
+            trainer(tmp_path, *in_order(order, LoRA(**lora), writer), end, max_epochs=2, **options).fit(
+                model, ResumableLoader(), data(1)
+            )
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+    assert structure(model) == plain
+    Net().load_state_dict(read(tmp_path / "file.ckpt")["state_dict"])
+    fit_in_epochs(tmp_path, mode, start, epochs=2, ckpt_path=tmp_path / "file.ckpt", model=Adam)
+    assert start.state == end.state
+
+
+class WithoutFrozen(Callback):
+    """Takes out of files what is not trained, as is often done."""
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if not parameter.requires_grad:
+                del checkpoint["state_dict"][name]
+
+
+@pytest.mark.parametrize("gradient", ["factored", "merged", "projected"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_file_without_weights_whose_adapters_are_in_it_is_refused_and_adapter_files_named(order, gradient, tmp_path):
+    model = Net()
+    before = structure(model)
+    writers = WithoutFrozen(), SaveAfterEpoch(tmp_path / "saved.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"adapter of 'layers\.0\.weight'.*checkpoint='adapter'"):
+        trainer(tmp_path, *in_order(order, LoRA(rank=2, gradient=gradient), *writers)).fit(model, data())
+    assert structure(model) == before
+    assert not (tmp_path / "saved.ckpt").exists()
 
 
 class KeepsStates(LightningModule):
@@ -814,53 +894,47 @@ def test_a_file_that_is_written_while_training_goes_on_has_the_weights_of_its_ow
     assert len({digest(read(file)["lightning_lora"]["adapters"]) for file in files}) == 5
 
 
-# ------------------------------------------------------------------------------------------------ what each of them does
+# ----------------------------------------------------------------------------------------------- what each of them does
 
 
 @pytest.mark.parametrize("mode", ["merged", *RESAMPLED])
 @pytest.mark.parametrize("order", ORDERS)
 def test_weights_follow_and_are_drawn_anew_once_a_real_step_under_a_schedule_of_accumulation(order, mode, tmp_path):
     class Count(Callback):
-        drawn: tuple = ()
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int, str]] = []
 
         def on_train_batch_end(self, trainer, pl_module, *_) -> None:
             adapter = adapters(pl_module)["layers.0"]
             self.seen.append((adapter.steps, adapter.drawn_at, digest(pl_module.layers[0].weight)))
 
-        def on_train_start(self, trainer, pl_module) -> None:
-            self.seen: list[tuple[int, int, str]] = []
-
     lora, options = {**MODES, **RESAMPLED}[mode]
-    count, scheduler, ends = Count(), GradientAccumulationScheduler({0: 2, 1: 4}), [Digest(), Digest()]
-    trainer(tmp_path, *in_order(order, LoRA(**lora), scheduler), count, ends[0], max_epochs=2, **options).fit(Model())
+    count, scheduler = Count(), GradientAccumulationScheduler({0: 2, 1: 4})
+    run = trainer(tmp_path, *in_order(order, LoRA(**lora), scheduler), count, max_epochs=2, **options)
+    run.fit(Model())
     real = [(batch + 1) // 2 for batch in range(8)] + [4 + (batch + 1) // 4 for batch in range(8)]
-    assert ends[0].steps == real[-1] == 6
+    assert run.global_step == real[-1] == 6
     weights = [weight for _, _, weight in count.seen]
-    assert [a != b for a, b in zip(weights, weights[1:], strict=False)] == [
-        a != b for a, b in zip(real, real[1:], strict=False)
-    ]
+    moved, stepped = ([a != b for a, b in itertools.pairwise(values)] for values in (weights, real))
+    assert moved == stepped
     if mode != "merged":
         assert [(steps, drawn_at) for steps, drawn_at, _ in count.seen] == [(n, n // 3 * 3) for n in real]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_monitor_of_learning_rates_logs_those_of_the_optimizer_and_lr_ratio_leaves_them_alone(order, tmp_path):
-    class Scheduled(ScheduledNet):
-        pass
-
     rows = []
     for lr_ratio in (None, 16.0):
         log, monitor = Log(), LearningRateMonitor("step", log_weight_decay=True)
         run = trainer(tmp_path, *in_order(order, LoRA(rank=2, lr_ratio=lr_ratio), monitor), logger=log)
-        run.fit(Scheduled(), data())
+        run.fit(ScheduledNet(), data())
         rows.append(log.of("lr-AdamW"))
     assert rows[0] == rows[1]
     rates = [row["lr-AdamW"] for _, row in rows[0]]
     assert rates == pytest.approx([0.02 * 0.9**step for step in range(8)])
 
 
-@pytest.mark.parametrize("interval", ["step", "epoch"])
-@pytest.mark.parametrize("mode", ["factored", "merged-bf16-true"])
+@pytest.mark.parametrize(("mode", "interval"), [("factored", "step"), ("merged-bf16-true", "epoch")])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_timer_stops_the_run_which_resumes_with_the_time_that_was_left(order, mode, interval, tmp_path):
     lora, options = MODES[mode]
@@ -1022,6 +1096,25 @@ def test_two_lora_callbacks_are_refused_with_what_to_do_instead(pair, function, 
         getattr(trainer(tmp_path, *pair()), function)(model)
     assert structure(model) == before
     assert digest(model.state_dict()) == bits
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_reason_of_a_refusal_reaches_the_user_though_a_file_is_written_on_the_exception(order, tmp_path):
+    writer, model = callbacks.OnExceptionCheckpoint(tmp_path), Net()
+    with pytest.raises(MisconfigurationException, match="cannot be combined with WeightAveraging"):
+        trainer(tmp_path, *in_order(order, LoRA(rank=2), callbacks.WeightAveraging(), writer)).fit(model, data())
+    assert digest(read(writer.ckpt_path)["state_dict"]) == digest(model.state_dict()) == digest(Net().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_what_the_module_itself_brings_is_refused_too(tmp_path):
+    class BringsAveraging(Net):
+        def configure_callbacks(self):
+            return callbacks.EMAWeightAveraging()
+
+    with pytest.raises(MisconfigurationException, match="cannot be combined with EMAWeightAveraging"):
+        trainer(tmp_path, LoRA(rank=2)).fit(BringsAveraging(), data())
 
 
 def test_a_lora_callback_of_the_modules_own_takes_the_place_of_the_trainers(tmp_path):
