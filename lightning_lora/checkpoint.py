@@ -345,7 +345,10 @@ def _check_format(payload: Any) -> None:
         if not all(isinstance(name, str) for name in payload[field]):
             raise _malformed(f"`{field}` is not a {kinds[field].__name__} of names")
     for name, entry in payload["adapters"].items():
-        if not isinstance(entry, Mapping) or not _is_adapter(entry):
+        decomposition = entry.get("decomposition") if isinstance(entry, Mapping) else None
+        if isinstance(decomposition, str):
+            check_choice(f"{KEY}.adapters[{name!r}].decomposition", decomposition, tuple(DECOMPOSITIONS))
+        if not isinstance(entry, Mapping) or not _is_adapter(entry) or not _fits_together(entry):
             raise _malformed(f"A, B, shape, scale, transposed of {name!r} do not fit")
         frozen = {name, f"{name}.weight"} & payload["base"].keys()
         if frozen and entry["resample"] is not None:
@@ -393,45 +396,48 @@ def _is_number(tensor: Any) -> bool:
     )
 
 
-def _is_adapter(entry: Mapping[str, Any]) -> bool:
-    """Whether the fields of ``entry`` have their types, and its factors the shapes that the weight's asks for."""
+def _is_adapter(entry: Mapping[Any, Any]) -> bool:
+    """Whether ``entry`` has the fields of an adapter's state, each of its type and within its bounds."""
     kinds = {"B": Tensor, "shape": list, "scale": float, "transposed": bool, "decomposition": str, "key": str}
-    if not all(isinstance(field, str) for field in entry):
-        return False
     if not all(isinstance(entry.get(field), kind) for field, kind in kinds.items()):
         return False
     tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
     if entry.keys() != {*kinds, *tensors, "resample", "steps", "drawn_at"}:
         return False
-    shape, resample, B, counts = entry["shape"], entry["resample"], entry["B"], (entry["drawn_at"], entry["steps"])
-    if not all(map(_is_number, tensors.values())) or not all(map(_is_int, (*shape, *counts))):
+    resample, counts = entry["resample"], (entry["drawn_at"], entry["steps"])
+    return (
+        all(isinstance(name, str) and _is_number(tensor) for name, tensor in tensors.items())
+        and (resample is None or (isinstance(resample, str) and resample in RESAMPLES))
+        and all(_is_int(value) for value in (*counts, *entry["shape"]))
+        and all(side > 0 for side in entry["shape"])
+        and 0 <= counts[0] <= counts[1]
+        and abs(entry["scale"]) <= torch.finfo(torch.float32).max  # which "not a number" is not
+    )
+
+
+def _fits_together(entry: Mapping[str, Any]) -> bool:
+    """Whether the tensors of an adapter's state have the shapes that the weight's asks for, and one dtype."""
+    tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
+    kind, shape, B = DECOMPOSITIONS[entry["decomposition"]], entry["shape"], entry["B"]
+    if B.dim() not in (2, 3) or B.dim() > len(shape):
         return False
-    if B.dim() not in (2, 3) or B.dim() > len(shape) or min(shape) < 1 or not 0 <= counts[0] <= counts[1]:
-        return False
-    if not (resample is None or (isinstance(resample, str) and resample in RESAMPLES)):
-        return False
-    if not abs(entry["scale"]) <= torch.finfo(torch.float32).max:  # nor if it is not a number
-        return False
-    check_choice(f"{KEY}.adapters.decomposition", entry["decomposition"], tuple(DECOMPOSITIONS))
-    kind = DECOMPOSITIONS[entry["decomposition"]]
     *stack, r = B.shape[:-1]
     m, n = shape[len(stack)], math.prod(shape[len(stack) + 1 :])
     m, n = (n, m) if entry["transposed"] else (m, n)
-    sides = {"B": m, "B0": m, **({"A": n} if resample != "A" else {}), "A0": n}
-    if not sides.keys() - {"A0", "B0"} <= tensors.keys() or ("A0" in tensors) != ("B0" in tensors):
-        return False
-    shapes = {name: [*stack, r, side] for name, side in sides.items() if name in tensors}
-    shapes |= {name: [*stack, m] for name in kind.per_output}
+    sides = {"B": m, **({"A": n} if entry["resample"] != "A" else {})}
+    if "A0" in tensors or "B0" in tensors:
+        sides |= {"A0": n, "B0": m}
+    shapes = {name: [*stack, r, side] for name, side in sides.items()} | {name: [*stack, m] for name in kind.per_output}
     if stack != shape[: len(stack)] or not 0 < r <= min(m, n) or not shapes.keys() <= tensors.keys():
         return False
     if any(list(tensors[name].shape) != expected for name, expected in shapes.items()):
         return False
-    if any(tensors[name].dtype != B.dtype for name in sides if name in tensors):
+    if any(tensors[name].dtype != B.dtype for name in sides):
         return False
     try:
         kind.check_shape("", m, n, r, "zero")
-        return resample == "A" or Adapter.from_state(entry) is not None
-    except (ValueError, KeyError):  # no such rank; no names of parameters
+        return "A" not in sides or Adapter.from_state(entry) is not None
+    except (ValueError, KeyError):  # no such rank; names that no parameter can have
         return False
 
 

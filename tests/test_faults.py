@@ -410,9 +410,24 @@ def test_detect_anomaly_names_the_place_and_what_was_trained_until_then_is_kept(
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@GRADIENTS
+def test_clipping_that_asks_for_finite_gradients_fails_before_the_step(gradient, tmp_path):
+    class Clips(Bad):
+        def configure_gradient_clipping(self, *_, **__):
+            nn.utils.clip_grad_norm_(self.parameters(), 1.0, error_if_nonfinite=True)
+
+    model, merged = Clips(), Merged()
+    run = trainer(tmp_path, merged, LoRA(rank=2, gradient=gradient), **SIX_STEPS)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        run.fit(model)
+    assert run.global_step == 4
+    assert digest(model.state_dict()) == merged.weights
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 @OTHER_CALLBACKS
 @GRADIENTS
-def test_without_it_weights_become_nan_as_in_full_fine_tuning_and_earlier_files_resume(gradient, tmp_path):
+def test_without_either_weights_become_nan_as_in_full_fine_tuning_and_earlier_files_resume(gradient, tmp_path):
     model, writer = Bad(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(tmp_path, LoRA(rank=2, gradient=gradient), writer, **SIX_STEPS).fit(model)
     full = Bad()

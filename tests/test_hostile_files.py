@@ -2,8 +2,10 @@
 
 import ast
 import contextlib
+import inspect
 import pickle
 import random
+import re
 import resource
 import warnings
 import zipfile
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Net, data, digest, structure, trainer
 from resume import SaveByHand
@@ -252,6 +255,61 @@ def test_an_altered_entry_is_refused_or_harmless(kind, plain, change, at, garbag
     assert content or incomplete or (plain and edited) or digest(result) == EXPECTED[kind, plain]
 
 
+def doubled(file):
+    file["lightning_lora"]["adapters"]["0.weight"] = file["lightning_lora"]["adapters"]["0"]
+
+
+def of_rank(r):
+    def change(file):
+        entry = file["lightning_lora"]["adapters"]["0"]
+        entry["A"], entry["B"] = torch.ones(1, 4).expand(r, 4), torch.ones(1, 4).expand(r, 4)
+
+    return change
+
+
+def of_shape(*shape):
+    def change(file):
+        entry = file["lightning_lora"]["adapters"]["0"]
+        m, n = shape
+        entry.update(shape=[m, n], A=torch.ones(1, 1).expand(2, n), B=torch.ones(1, 1).expand(2, m))
+
+    return change
+
+
+def drawn_and_frozen(file):
+    key, print_ = next(iter(FILES["adapter"]["lightning_lora"]["base"].items()))
+    file["lightning_lora"]["base"][key] = print_
+
+
+ALTERED = {
+    "two adapters for one weight": ("adapter", doubled, "a weight has two adapters"),
+    "a rank above the sides": ("adapter", of_rank(5), "of '0' do not fit"),
+    "an absurd rank": ("adapter", of_rank(HUGE), "of '0' do not fit"),
+    "another shape": ("adapter", of_shape(4, 8), "'0'"),
+    "an absurd shape": ("adapter", of_shape(HUGE, HUGE), "'0'"),
+    "sharded in name": ("product", lambda file: file["lightning_lora"].update(form="sharded"), "no adapter of '0'"),
+    "drawn and frozen": ("drawn", drawn_and_frozen, "'0' is drawn anew and its weight in `base`"),
+    "no state": ("product", lambda file: file.pop("state_dict"), "`state_dict` is missing"),
+    "a state that is a list": ("product", lambda file: file.update(state_dict=[1]), "`state_dict` is missing or no"),
+    "a weight of another shape": (
+        "product",
+        lambda file: file["state_dict"].update({"0.weight": torch.ones(4, 5)}),
+        "'0' in the checkpoint is not one for the weight '0.weight'",
+    ),
+}
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("plain", [False, True], ids=["adapted", "plain"])
+@pytest.mark.parametrize("name", ALTERED)
+def test_an_entry_that_does_not_fit_is_refused_and_the_part_named(name, plain):
+    kind, change, part = ALTERED[name]
+    file = copied(FILES[kind])
+    change(file)
+    with pytest.raises(REFUSED, match=re.escape(part)):
+        taken_in(kind, plain, file)
+
+
 def test_a_file_of_adapters_that_start_elsewhere_is_refused(tmp_path):
     """A and B alone are not the increment of a run that takes A0 and B0 away."""
     run = trainer(tmp_path, LoRA(rank=2, init="symmetric"), SaveByHand(tmp_path / "saved.ckpt"))
@@ -362,6 +420,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.skipif("weights_only" not in inspect.signature(Trainer.fit).parameters, reason="Lightning before 2.6")
 @pytest.mark.parametrize("way", WRITTEN)
 @pytest.mark.parametrize("place", HIDDEN)
 def test_a_file_that_would_execute_something_is_refused_and_does_not(place, way, files, tmp_path):
