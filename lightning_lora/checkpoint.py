@@ -24,7 +24,6 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn

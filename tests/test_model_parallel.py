@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from model_parallel import ELSEWHERE, FREE, ROUNDED, RUNS, Net, Watch, fit, train
 from models import digest
 from test_checkpoint import printed_by_a_new_process
