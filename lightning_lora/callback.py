@@ -450,6 +450,7 @@ class _Run(Swapped, pl.LightningModule):
         self.lora_callback.starts(self.trainer, self)
         super().on_train_start()
 
+    @torch.compiler.disable  # a compiled `training_step` breaks here in any case, and some versions of torch fail in it
     def log(self, *args: Any, **kwargs: Any) -> None:
         if not self.lora_callback._silent:
             super().log(*args, **kwargs)

@@ -12,7 +12,7 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
     adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
               decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
               is not trained is left out
-    trained   names of the base's parameters that are trained in full
+    trained   keys in state_dict of the base's parameters that are trained in full
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
               file that has it dequantised
@@ -20,6 +20,7 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
@@ -34,6 +35,7 @@ from lightning_lora import draws, shards
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
 from lightning_lora.hosts.quantized import Storage, is_quantized, storages, without_extras
 from lightning_lora.inject import Place, places, trained_besides
+from lightning_lora.names import plain_name, state_key
 from lightning_lora.options import CHECKPOINTS, RESAMPLES, Options, check_choice
 
 KEY = "lightning_lora"
@@ -84,11 +86,13 @@ def take_apart(
             adapters[place.name] = place.adapter.with_tensors(tensors).state(weight)
             if not place.host.holds_increment:
                 frozen[place.key] = shards.part(place.weight)
-        for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
-            getattr(state, "_metadata", {}).pop(inner, None)
+    metadata = getattr(state, "_metadata", {})
+    inside = tuple(place.factors.partition("lora.")[0] + "lora." for place in places(module))
+    for path in [path for path in metadata if f"{state_key(path)}.".startswith(inside)]:
+        del metadata[path]
     trained = [name for name in trained_besides(module) if name in state]
     if form == "adapter":
-        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        parameters = {state_key(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         frozen = {key: None for key in state if key in parameters and key not in trained}
     stored = storages(module)
     frozen |= {key: None for key in stored if key in state and key not in frozen}
@@ -150,7 +154,10 @@ def fold(state: State, payload: State, stored: Mapping[str, Storage] | None = No
 
 def weight_key(name: str, state: Mapping[str, Any]) -> str:
     """The key in ``state`` of the weight whose adapter is called ``name``."""
-    return name if name in state else f"{name}.weight"
+    names = (name, f"{name}.weight")
+    found = (key for key in names if key in state)
+    compiled = (key for key in state if plain_name(key) != key and plain_name(key) in names)
+    return next(itertools.chain(found, compiled), names[1])
 
 
 def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | None = None) -> None:
@@ -216,7 +223,7 @@ def take_in_shards(checkpoint: State, module: nn.Module, exact: bool, before: Ma
         for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
             state[f"{place.factors}{name}"] = value
     if not found and payload["form"] == "sharded":
-        once = dict(module.named_parameters())  # a shared weight by one of its names
+        once = {state_key(name) for name, _ in module.named_parameters()}  # a shared weight by one of its names
         for name, entry in payload["adapters"].items():
             if (key := weight_key(name, state)) in once:
                 state[key] = Adapter.from_state(entry).folded_into(state[key])
@@ -241,8 +248,9 @@ def as_merged(checkpoint: State) -> State:
 def _drop_adapters(state: State, payload: State) -> None:
     """Leaves W0 in ``state``, which was sharded; the adapters are in ``payload`` too."""
     for name, entry in payload["adapters"].items():
+        owner = weight_key(name, state).removesuffix("weight")
         for factor in entry:
-            state.pop(f"{name}.lora.{factor}", None)
+            state.pop(f"{owner}lora.{factor}", None)
 
 
 def _put_base_back(
@@ -366,7 +374,7 @@ def _check_format(payload: Any) -> None:
             raise ValueError(
                 f"The checkpoint's `{KEY}` entry is malformed: the fingerprint of {key!r} is {expected!r}."
             )
-        adapted = {key, key.removesuffix(".weight")} & payload["adapters"].keys()
+        adapted = {plain_name(key), plain_name(key).removesuffix(".weight")} & payload["adapters"].keys()
         if payload["form"] != "adapter" and not adapted and not is_quantized(expected):
             raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {key!r} in `base` has no adapter.")
 
