@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients import projected
+from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import Host
 
 
@@ -41,7 +41,7 @@ class _Reader:
     def __call__(self, host: ParameterHost) -> Tensor:
         weight = host._parameters[self.name]
         assert weight is not None
-        if not torch.is_grad_enabled():
+        if not is_watched():
             return weight
         return projected.read(weight, cast(Adapter, host.lora[self.name]))
 
