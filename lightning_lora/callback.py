@@ -190,6 +190,10 @@ class LoRA(Callback):
         self._silent = False
         """Whether what the module logs is of no batch of the run."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what goes to another process, is the same callback without the run it is in."""
+        return {**vars(self), **{name: value for name, value in vars(LoRA()).items() if name.startswith("_")}}
+
     # ------------------------------------------------------------------------------------------------ before the run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -208,7 +212,7 @@ class LoRA(Callback):
                 )
             earlier._make_plain(pl_module)  # a tuner failed before any callback could hear of it
             if isinstance(pl_module, _Run):  # it is sharded, and adapted until `merge`
-                unswap(pl_module)
+                unswap(pl_module, _Run)
         if stage == "fit":
             _refuse_unsupported(trainer)
             if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -405,7 +409,7 @@ class LoRA(Callback):
         self._forget_loading()
         if adapters(pl_module) and shards.is_sharded(pl_module):
             return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
-        unswap(pl_module)
+        unswap(pl_module, _Run)
         if self._trains and adapters(pl_module):
             state = pl_module.state_dict()
             payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
@@ -423,6 +427,7 @@ class _Run(Swapped, pl.LightningModule):
     """What a LightningModule is besides itself from ``setup`` to ``teardown``: one that tells the callback."""
 
     attribute = "lora_callback"
+    in_copies = False
     lora_callback: LoRA
 
     def _is_strict(self) -> bool:
@@ -436,6 +441,13 @@ class _Run(Swapped, pl.LightningModule):
         return super().strict_loading
 
     strict_loading = property(_is_strict, pl.LightningModule.strict_loading.fset)  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> Any:
+        """A copy is a module with adapters, of no run."""
+        state = super().__getstate__()
+        if (meter := self.lora_callback._meter) is not None:
+            meter.restore_step(state)
+        return state
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -212,8 +212,9 @@ def _fold_whole(place: Place) -> None:
 
 def take_out(module: nn.Module) -> None:
     """Makes ``module`` plain again with its weights as they stand: classes, keys, ``requires_grad``."""
-    for child in [child for child in module.modules() if isinstance(child, Swapped)]:
-        unswap(child)
+    for child in list(module.modules()):
+        while isinstance(child, Swapped):
+            unswap(child)
     for owner in module.modules():
         if (injection := owner.__dict__.pop("lora_injection", None)) is not None:
             _set_flags(owner, injection, adapted=False)
