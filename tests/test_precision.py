@@ -141,7 +141,7 @@ def test_its_file_is_plain_and_resumes_to_the_same_bits(precision, gradient, dec
     options = {"rank": 2, "gradient": gradient, "decomposition": decomposition, "exact_resume": True}
     whole, parts, file = Digest(), Digest(), tmp_path / "saved.ckpt"
 
-    def model():  # Lightning loads a file before it casts what `__init__` made, so only layers made later load in 64 bits
+    def model():  # Lightning loads a file before it casts what `__init__` made: only layers made later load in 64 bits
         return Net(made_in="configure_model" if precision == "64-true" else "__init__")
 
     fit(tmp_path, precision, LoRA(**options, log_memory=False), whole, model=model)
