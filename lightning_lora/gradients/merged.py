@@ -46,7 +46,7 @@ def tap_linear(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
 def tap(y: Tensor, x: Tensor, layer: Tapped) -> Tensor:
     """The same for any layer: ``y`` is its output for ``x``."""
     if is_transformed():
-        x = x.to(y.dtype) if x.is_floating_point() else x
+        x = x.to(y.dtype) if x.dtype.is_floating_point else x
         return _with_zero(y, lambda A, B: layer.up(layer.down(x, A), B), layer.lora)
     A, B = layer.lora.as_product(*layer.lora.factors())
     return _Tap.apply(y, x, A, B, layer) if A.requires_grad or B.requires_grad else y
@@ -96,7 +96,7 @@ class _Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = (tensor.detach() for tensor in ctx.saved_tensors)
-        x = x.to(dy.dtype) if x.is_floating_point() else x
+        x = x.to(dy.dtype) if x.dtype.is_floating_point else x
         z, back = _with_backward(lambda A: ctx.layer.down(x, A.to(dy.dtype)), A)
         dz, dB = ctx.layer.up_backward(z, dy, B.to(dy.dtype))
         scale = ctx.layer.lora.scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class ParameterHost(Host):
 
     @staticmethod
     def reader(name: str) -> property:
-        return property(_flat_weights, _set_flat_weights) if name == "_flat_weights" else property(_Reader(name))
+        return property(_flat_weights, _set_flat_weights) if name == "_flat_weights" else property(_reader(name))
 
     def adapted(self) -> Mapping[str, Adapter]:
         return cast(Mapping[str, Adapter], dict(self.lora.items()))
@@ -34,16 +34,17 @@ class ParameterHost(Host):
         return f"lora.{parameter}."
 
 
-class _Reader:
-    def __init__(self, name: str) -> None:
-        self.name = name
+def _reader(name: str) -> Callable[[ParameterHost], Tensor]:
+    """A function, and no other object that can be called, which the compiler of torch 2.6 does not take."""
 
-    def __call__(self, host: ParameterHost) -> Tensor:
-        weight = host._parameters[self.name]
+    def read(host: ParameterHost) -> Tensor:
+        weight = host._parameters[name]
         assert weight is not None
         if not is_watched():
             return weight
-        return projected.read(weight, cast(Adapter, host.lora[self.name]))
+        return projected.read(weight, cast(Adapter, host.lora[name]))
+
+    return read
 
 
 def _flat_weights(rnn: Any) -> list[Tensor]:
