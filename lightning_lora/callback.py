@@ -18,6 +18,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.plugins.precision import (
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    Precision,
+    TransformerEnginePrecision,
+    XLAPrecision,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -38,7 +45,7 @@ from lightning_lora.first_batches import first_losses
 from lightning_lora.gradient_start import PASSES, start_from_gradients
 from lightning_lora.hosts import Swapped, swap, unswap
 from lightning_lora.hosts.quantized import TorchAO, quantize, storages, torch_linear
-from lightning_lora.inject import adapters, inject_options, injections, merge, merging_errors, places
+from lightning_lora.inject import Injection, adapters, inject_options, injections, merge, merging_errors, places
 from lightning_lora.memory import MemoryMeter, MemoryReport
 from lightning_lora.options import CHECKPOINTS, Options, check_choice
 from lightning_lora.summary import print_summary
@@ -192,6 +199,10 @@ class LoRA(Callback):
         self._silent = False
         """Whether what the module logs is of no batch of the run."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what goes to another process, is the same callback without the run it is in."""
+        return {**vars(self), **{name: value for name, value in vars(LoRA()).items() if name.startswith("_")}}
+
     # ------------------------------------------------------------------------------------------------ before the run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -270,6 +281,7 @@ class LoRA(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that what was injected will be trained, and says what it is."""
+        _check_there(trainer, pl_module)
         _check_trained(trainer, pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             _check_sharded(pl_module)
@@ -430,6 +442,7 @@ class _Run(Swapped, pl.LightningModule):
     """What a LightningModule is besides itself from ``setup`` to ``teardown``: one that tells the callback."""
 
     attribute = "lora_callback"
+    in_copies = False
     lora_callback: LoRA
 
     def _is_strict(self) -> bool:
@@ -453,6 +466,13 @@ class _Run(Swapped, pl.LightningModule):
                     state.pop(f"{kwargs.get('prefix', '')}{place.factors}{name}", None)
         return state
 
+    def __getstate__(self) -> Any:
+        """A copy is a module with adapters, of no run."""
+        state = super().__getstate__()
+        if (meter := self.lora_callback._meter) is not None:
+            meter.restore_step(state)
+        return state
+
     def configure_model(self) -> None:
         super().configure_model()
         with torch_linear():
@@ -466,6 +486,7 @@ class _Run(Swapped, pl.LightningModule):
         self.lora_callback.starts(self.trainer, self)
         super().on_train_start()
 
+    @torch.compiler.disable  # a compiled `training_step` breaks here in any case, and some versions of torch fail in it
     def log(self, *args: Any, **kwargs: Any) -> None:
         if not self.lora_callback._silent:
             super().log(*args, **kwargs)
@@ -498,6 +519,16 @@ REFUSED_STRATEGIES: Mapping[type[Strategy], str] = {
     " `ModelParallelStrategy`, with `fully_shard` in `configure_model`, shards parameters and optimizer states too",
 }
 
+REFUSED_PRECISIONS: Mapping[type[Precision], str] = {
+    TransformerEnginePrecision: "it puts layers of Transformer Engine, which carry no adapter, in the place of Linears;"
+    " `precision='bf16-mixed'` or 'bf16-true' keeps them",
+    FSDPPrecision: "it belongs to FSDPStrategy, which LoRA does not support; `precision='bf16-true'` and the like"
+    " choose the plugin that fits the strategy",
+    DeepSpeedPrecision: "it belongs to DeepSpeedStrategy, which LoRA does not support; `precision='bf16-true'` and the"
+    " like choose the plugin that fits the strategy",
+    XLAPrecision: "it belongs to the strategies for XLA devices, which LoRA does not support",
+}
+
 
 def _refuse_unsupported(trainer: pl.Trainer) -> None:
     for strategy, reason in REFUSED_STRATEGIES.items():
@@ -508,6 +539,9 @@ def _refuse_unsupported(trainer: pl.Trainer) -> None:
             f"LoRA does not support {type(trainer.strategy).__name__}, which may shard or wrap the module in its"
             f" own way. It supports {', '.join(strategy.__name__ for strategy in SUPPORTED_STRATEGIES)}."
         )
+    for plugin, reason in REFUSED_PRECISIONS.items():
+        if isinstance(trainer.precision_plugin, plugin):
+            raise MisconfigurationException(f"LoRA does not support {plugin.__name__}: {reason}.")
     for callback in _callbacks(trainer):
         for kind, reason in REFUSED.items():
             if isinstance(callback, kind):
@@ -579,6 +613,20 @@ def _check_complete(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     factors = tuple(place.factors for place in places(pl_module))
     if missing := [key for key in pl_module.state_dict() if key not in in_file and not key.startswith(factors)]:
         raise KeyError(f"{trainer.ckpt_path} has no {missing[0]!r}, nor {len(missing) - 1} more keys of the module.")
+
+
+def _check_there(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """That no adapted layer has been replaced, which a precision plugin can do after all hooks that come before."""
+    for owner in pl_module.modules():
+        if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
+            found = adapters(owner)
+            if len(found) < len(injection.adapted):  # a shared layer may go by another name
+                gone = [name for name in injection.adapted if name not in found]
+                raise MisconfigurationException(
+                    f"The adapter of {gone[0]!r} and {len(gone) - 1} more are gone: other layers have been put in the"
+                    f" place of theirs since, by {type(trainer.precision_plugin).__name__} or the module's own code."
+                    " Replace layers in `__init__`, `setup` or `configure_model`, before the adapters are put in."
+                )
 
 
 def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

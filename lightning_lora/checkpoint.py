@@ -11,7 +11,7 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
     adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
               decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
               is not trained is left out
-    trained   names of the base's parameters that are trained in full
+    trained   keys in state_dict of the base's parameters that are trained in full
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
               file that has it dequantised
@@ -19,6 +19,7 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
@@ -32,6 +33,7 @@ from lightning_lora import draws, shards
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
 from lightning_lora.hosts.quantized import Storage, is_quantized, storages, without_extras
 from lightning_lora.inject import Place, places, trained_besides
+from lightning_lora.names import plain_name, state_key
 from lightning_lora.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMPLES, Options, check_choice
 
 KEY = "lightning_lora"
@@ -94,11 +96,13 @@ def take_apart(
             adapters[place.name] = place.adapter.with_tensors(tensors).state(weight)
             if not place.host.holds_increment:
                 frozen[place.key] = shards.part(place.weight)
-        for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
-            getattr(state, "_metadata", {}).pop(inner, None)
+    metadata = getattr(state, "_metadata", {})
+    inside = tuple(place.factors.partition("lora.")[0] + "lora." for place in places(module))
+    for path in [path for path in metadata if f"{state_key(path)}.".startswith(inside)]:
+        del metadata[path]
     trained = [name for name in trained_besides(module) if name in state]
     if form == "adapter":
-        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        parameters = {state_key(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         frozen = {key: None for key in state if key in parameters and key not in trained}
     stored = storages(module)
     frozen |= {key: None for key in stored if key in state and key not in frozen}
@@ -167,7 +171,10 @@ def fold(state: MutableMapping[str, Any], payload: State, stored: Mapping[str, S
 
 def weight_key(name: str, state: Mapping[str, Any]) -> str:
     """The key in ``state`` of the weight whose adapter is called ``name``."""
-    return name if name in state else f"{name}.weight"
+    names = (name, f"{name}.weight")
+    found = (key for key in names if key in state)
+    compiled = (key for key in state if plain_name(key) != key and plain_name(key) in names)
+    return next(itertools.chain(found, compiled), names[1])
 
 
 def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | None = None) -> None:
@@ -343,13 +350,14 @@ def _check_format(payload: Any) -> None:
     for field in ("adapters", "trained", "base"):
         if not all(isinstance(name, str) for name in payload[field]):
             raise _malformed(f"`{field}` is not a {kinds[field].__name__} of names")
+    base = {plain_name(key) for key in payload["base"]}
     for name, entry in payload["adapters"].items():
         decomposition = entry.get("decomposition") if isinstance(entry, Mapping) else None
         if isinstance(decomposition, str):
             check_choice(f"{KEY}.adapters[{name!r}].decomposition", decomposition, tuple(DECOMPOSITIONS))
         if not isinstance(entry, Mapping) or not _is_adapter(entry) or not _fits_together(entry):
             raise _malformed(f"A, B, shape, scale, transposed of {name!r} do not fit")
-        frozen = {name, f"{name}.weight"} & payload["base"].keys()
+        frozen = {name, f"{name}.weight"} & base
         if frozen and entry["resample"] is not None:
             raise _malformed(f"{name!r} is drawn anew and its weight in `base`")
         if not frozen and payload["form"] != "merged":
@@ -358,7 +366,7 @@ def _check_format(payload: Any) -> None:
         dtype = _dtype_of(expected) if isinstance(expected, str) else None
         if dtype is None or (is_quantized(expected) and dtype not in NUMBERS):
             raise _malformed(f"the fingerprint of {key!r} is {expected if isinstance(expected, str) else 'no text'!r}")
-        adapted = {key, key.removesuffix(".weight")} & payload["adapters"].keys()
+        adapted = {plain_name(key), plain_name(key).removesuffix(".weight")} & payload["adapters"].keys()
         if payload["form"] != "adapter" and not adapted and not is_quantized(expected):
             raise _malformed(f"{key!r} in `base` has no adapter")
 

@@ -195,7 +195,7 @@ class MemoryMeter:
 
     def remove(self) -> None:
         """Takes everything off the module and the optimizers."""
-        self._restore_step()
+        self.restore_step(vars(self._module))
         for hook in self._hooks:
             hook.remove()
 
@@ -242,13 +242,14 @@ class MemoryMeter:
             return measured_nbytes(self._optimizers), False
         return derived_nbytes((p, owner) for p, owner in known.items() if p.requires_grad), True
 
-    def _restore_step(self) -> None:
-        vars(self._module).pop("training_step", None)
+    def restore_step(self, attributes: dict[str, Any]) -> None:
+        """Takes itself off ``attributes``, those of the module or of a copy."""
+        attributes.pop("training_step", None)
         if self._own_step is not None:
-            vars(self._module)["training_step"] = self._own_step
+            attributes["training_step"] = self._own_step
 
     def _first_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._restore_step()
+        self.restore_step(vars(self._module))
         self._activations, output = watch_step(self._module, len(self._optimizers), args, kwargs)
         if self._stepped:  # in manual optimization, by now
             self.report = self._read()

@@ -83,7 +83,7 @@ class Adapter(nn.Module):
         self.register_parameter("B0", None)
         sides = (A.shape[-1], B.shape[-1]) if transposed else (B.shape[-1], A.shape[-1])
         self.shape = (*A.shape[:-2], *sides) if shape is None else tuple(shape)
-        self.scale = scale
+        self._scale = repr(float(scale))
         self.dropout = dropout
         self.transposed = transposed
         self.zero = tuple(zero)
@@ -201,6 +201,15 @@ class Adapter(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: p for name, p in self.named_parameters() if name not in self.fixed}
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied with.
+
+        Kept as text: with ``dynamic=True`` the compiler takes a float for what may change, and fails where a weight is
+        read twice, as that of an attention is.
+        """
+        return float(self._scale)
 
     @property
     def rank(self) -> int:

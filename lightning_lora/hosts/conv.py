@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.gradients import merged
+from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import LayerHost
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -59,7 +60,7 @@ class MergedConvHost(_ConvHost):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return merged.tap(y, input, self) if torch.is_grad_enabled() else y
+        return merged.tap(y, input, self) if is_watched() else y
 
     def up_backward(self, z: Tensor, dy: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         r, g = B.shape[0], self.groups

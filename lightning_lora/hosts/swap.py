@@ -14,6 +14,8 @@ class Swapped(nn.Module):
 
     attribute: ClassVar[str]
     """What an instance has besides, as long as it is one."""
+    in_copies: ClassVar[bool] = True
+    """Whether a copy is one too."""
     base_class: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Swapped]]
     read: ClassVar[tuple[str, ...]]
@@ -26,8 +28,13 @@ class Swapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so a pickle or a deep copy names what it is made of."""
         reduced: Any = super().__reduce_ex__(protocol)
-        _, args, *rest = reduced
-        return _new, (self.mixin, self.base_class, self.read, *args[1:]), *rest
+        _, args, state, *rest = reduced
+        base, mixins = _parts(type(self))
+        for mixin, _ in mixins:
+            if not mixin.in_copies:
+                state = {name: value for name, value in state.items() if name != mixin.attribute}
+        kept = [(mixin, read) for mixin, read in mixins if mixin.in_copies]
+        return _new, (base, kept, *args[1:]), state, *rest
 
 
 def swap(module: nn.Module, mixin: type[Swapped], read: tuple[str, ...] = ()) -> None:
@@ -69,6 +76,16 @@ def _swapped_class(mixin: Any, base: Any, read: tuple[str, ...]) -> Any:
     return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(attributes))
 
 
-def _new(mixin: type[Swapped], base: type[nn.Module], read: tuple[str, ...], *args: Any) -> nn.Module:
-    cls = _swapped_class(mixin, base, read)  # type: ignore[arg-type]
+def _parts(cls: Any) -> tuple[Any, list[tuple[Any, tuple[str, ...]]]]:
+    """The class that ``cls`` is made of, and the mixins, with what each reads, in the order in which they were put."""
+    mixins: list[tuple[Any, tuple[str, ...]]] = []
+    while issubclass(cls, Swapped):
+        mixins.insert(0, (cls.mixin, cls.read))
+        cls = cls.base_class
+    return cls, mixins
+
+
+def _new(cls: Any, mixins: list[tuple[Any, tuple[str, ...]]], *args: Any) -> nn.Module:
+    for mixin, read in mixins:
+        cls = _swapped_class(mixin, cls, read)
     return cls.__new__(cls, *args)
