@@ -193,7 +193,7 @@ def test_an_exception_in_any_hook_of_another_callback_is_seen_and_leaves_a_modul
         assert fault.error is None
 
 
-@pytest.mark.parametrize("function", ["validate", "test", "predict"])
+@pytest.mark.parametrize("function", ["test", "predict"])
 @pytest.mark.parametrize("name", METHODS)
 def test_an_exception_in_any_method_while_evaluating_leaves_the_module_as_it_was(name, function, tmp_path):
     if "sharded" in name:
