@@ -373,8 +373,8 @@ def _check_format(payload: Any) -> None:
 
 def _check_weights(payload: State, state: Any, current: Mapping[str, Any], stored: Mapping[str, Storage]) -> None:
     """That increments are folded into weights of their shape, and out: those of the file and those of the module."""
-    if not isinstance(state, Mapping):
-        raise ValueError("The checkpoint's `state_dict` is missing or no Mapping.")
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError("The checkpoint's `state_dict` is missing or no Mapping of names.")
     for weights in (state, current):
         keys = {name: weight_key(name, weights) for name in payload["adapters"]}
         for name, key in keys.items():

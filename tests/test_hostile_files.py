@@ -287,7 +287,7 @@ ALTERED = {
     "an absurd rank": ("adapter", of_rank(HUGE), "of '0' do not fit"),
     "another shape": ("adapter", of_shape(4, 8), "'0'"),
     "an absurd shape": ("adapter", of_shape(HUGE, HUGE), "'0'"),
-    "sharded in name": ("product", lambda file: file["lightning_lora"].update(form="sharded"), "no adapter of '0'"),
+    "sharded in name": ("product", lambda file: file["lightning_lora"].update(form="sharded"), "merged"),
     "drawn and frozen": ("drawn", drawn_and_frozen, "'0' is drawn anew and its weight in `base`"),
     "no state": ("product", lambda file: file.pop("state_dict"), "`state_dict` is missing"),
     "a state that is a list": ("product", lambda file: file.update(state_dict=[1]), "`state_dict` is missing or no"),
