@@ -47,7 +47,8 @@ class FactoredConvHost(_ConvHost):
         if self.groups == 1 and y.dim() == len(self.lora.shape) and y.is_contiguous() and y.dtype == B.dtype:
             ups = B.T.expand(y.shape[0], -1, -1)  # a matrix product for each image, summed to y as it is formed
             sums = torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale)
-            y = torch.ops.aten._unsafe_view(sums, y.shape)  # no view, which FSDP2 could not follow in place
+            # no view, which FSDP2 could not follow in place; a trace would keep the numbers that its shape has now
+            y = sums.view(y.shape) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(sums, y.shape)
         else:
             y = y + self.up(z, B)
         return self.rescaled(y, channel=1 - len(self.lora.shape))
