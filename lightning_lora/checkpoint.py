@@ -24,7 +24,6 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -80,7 +79,8 @@ def take_apart(
     for place in places(module):
         if f"{place.factors}A" in state:
             tensors = {name: state.pop(f"{place.factors}{name}") for name in place.adapter.state_dict()}
-            weight = state.get(place.key, place.weight) if place.adapter.rescales else place.weight  # to gather it costs
+            needs_weight = place.adapter.rescales  # which costs to gather
+            weight = state.get(place.key, place.weight) if needs_weight else place.weight
             adapters[place.name] = place.adapter.with_tensors(tensors).state(weight)
             if not place.host.holds_increment:
                 frozen[place.key] = shards.part(place.weight)

@@ -1,6 +1,6 @@
 """Parameters of which every process holds a part, as FSDP2's ``fully_shard`` leaves them.
 
-All that is done here is done by all processes together, in the same order. What is a whole tensor already is left alone.
+All that is done here is done by all processes together, in the same order. Whole tensors are left as they are.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
-    """Writes ``value``, which is whole and the same everywhere, into ``tensor``, of which each process keeps its part."""
+    """Writes ``value``, whole and the same everywhere, into ``tensor``, of which each process keeps its part."""
     tensor.copy_(_own(value.to(tensor.device, tensor.dtype), tensor) if is_part(tensor) else value)
 
 
@@ -78,20 +78,20 @@ def gathered(adapter: Adapter) -> Iterator[Adapter]:
             write(tensor, copy.state_dict()[name])
 
 
-def follow(adapter: Adapter, weight: Tensor, *before: Tensor) -> None:
-    """:meth:`Adapter.follow` where adapter and weight may be spread; the factors ``before`` are whole.
+def follow(adapter: Adapter, weight: Tensor, A: Tensor, B: Tensor) -> None:
+    """:meth:`Adapter.follow` where adapter and weight may be spread; the factors before, ``A`` and ``B``, are whole.
 
     Where the increment of some rows can be computed alone, each process adds it to the rows that it holds. Elsewhere
     the weight is gathered too.
     """
     copy = whole_adapter(adapter)
     if not is_part(weight):
-        copy.follow(weight, *before)
+        copy.follow(weight, A, B)
     elif copy.has_rows and (own := rows(weight)) is not None:
-        copy.follow(weight.detach().to_local(), *before, rows=own)  # type: ignore[attr-defined]
+        copy.follow(weight.detach().to_local(), A, B, rows=own)  # type: ignore[attr-defined]
     else:
         value = whole(weight)
-        copy.follow(value, *before)
+        copy.follow(value, A, B)
         write(weight, value)
     adapter.lost = copy.lost
 

@@ -235,7 +235,7 @@ def fit(
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(11, (4 * BATCHES, 6), generator=generator)
     dataset = TensorDataset(x, torch.randn(4 * BATCHES, 3, generator=generator))
-    sharded = devices > 1 or isinstance(model.options, dict) and model.shard == "alone"
+    sharded = devices > 1 or (isinstance(model.options, dict) and model.shard == "alone")
     rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
     sampler = DistributedSampler(dataset, num_replicas=devices, rank=rank, shuffle=False)
     strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=distributed) if sharded else "auto"
