@@ -51,7 +51,10 @@ def rows(tensor: Tensor) -> slice | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """``tensor`` with the parts of all processes, a copy; itself if it is whole."""
-    return tensor.detach().full_tensor().clone() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_part(tensor):
+        return tensor
+    held: Any = tensor.detach()  # which may have been moved to the CPU, where its processes do not meet
+    return held.to(held.device_mesh.device_type).full_tensor().to(tensor.device, copy=True)
 
 
 @torch.no_grad()
@@ -128,10 +131,7 @@ class Whole(MutableMapping[str, Tensor]):
         self._in_place = in_place
 
     def __getitem__(self, key: str) -> Tensor:
-        held: Any = self.parts[key].detach()
-        if is_part(held):  # which a strategy may have moved to the CPU, where its processes do not meet
-            held = held.to(held.device_mesh.device_type).full_tensor()
-        return held.cpu()
+        return whole(self.parts[key].detach()).cpu()
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         held = self.parts[key]
