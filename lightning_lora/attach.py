@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.inject import Injection, Place, adapters, places
+from lightning_lora.optimizer_states import makes_states
 from lightning_lora.options import Options
 from lightning_lora.resample import check_moments, draw_anew, forget, warn_of_decay
 
@@ -98,7 +99,7 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
 
     def follow(*_: Any) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler for a fused optimizer, which skips inside
-        if (skipped is None or not skipped.item()) and not (sharded and _makes_states(optimizer)):
+        if (skipped is None or not skipped.item()) and not (sharded and makes_states(optimizer)):
             for follower in followers:
                 follower.follow(optimizer)
 
@@ -160,7 +161,8 @@ class Follower:
         if self.options.lr_ratio is not None:
             self.adapter.B.copy_(self._B + self.options.lr_ratio * (self.adapter.B - self._B))
         if self.place.host.holds_increment:
-            shards.follow(self.adapter, self.place.weight, *self._before)
+            A, B = self._before
+            shards.follow(self.adapter, self.place.weight, A, B)
         if (every := self.options.resample_every_n_steps) is not None:
             self.adapter.steps += 1
             if self.adapter.steps % every == 0:
@@ -177,17 +179,6 @@ def _places_with_options(module: nn.Module) -> Iterator[tuple[Place, Options]]:
                 if place.adapter not in done:
                     done.add(place.adapter)
                     yield place, injection.options
-
-
-def _makes_states(optimizer: Optimizer) -> bool:
-    """Whether this is no step, but how torch makes the states of a sharded optimizer to save them or to load.
-
-    All learning rates are zero then, and all gradients.
-    """
-    if any(group.get("lr", 0) != 0 for group in optimizer.param_groups):
-        return False
-    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-    return not shards.any_element(gradient for gradient in gradients if gradient is not None)
 
 
 def _once(closure: Callable[[], Any]) -> Callable[[], Any]:

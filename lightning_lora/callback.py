@@ -457,7 +457,7 @@ class _Run(Swapped, pl.LightningModule):
 
     strict_loading = property(_is_strict, pl.LightningModule.strict_loading.fset)  # type: ignore[attr-defined]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a strategy looks for in a folder of parts, while it reads one, are the keys of the plain model."""
         state = super().state_dict(*args, **kwargs)
         if self.lora_callback._reads:

@@ -26,7 +26,7 @@ from lightning_lora.activations import Activations, dry_run, hollow, nbytes, new
 from lightning_lora.hosts import ParameterHost
 from lightning_lora.hosts.quantized import storages
 from lightning_lora.inject import inject_options, places, trained_without
-from lightning_lora.optimizer_states import Owner, derived_nbytes, measured_nbytes, owners
+from lightning_lora.optimizer_states import Owner, derived_nbytes, makes_states, measured_nbytes, owners
 from lightning_lora.options import Options
 from lightning_lora.summary import Table
 
@@ -200,14 +200,17 @@ class MemoryMeter:
             hook.remove()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._stepped.add(optimizer)
+        if shards.is_sharded(self._module) and makes_states(optimizer):
+            return
         shards.reshard(self._module)
+        self._stepped.add(optimizer)
         standing = [p.grad for p in self._module.parameters() if p.grad is not None]
         self._gradients = max(self._gradients, nbytes(standing))
         self._reduced = max(self._reduced, _whole_nbytes(standing))
         self.report = self._read()
 
     def _read(self) -> MemoryReport:
+        shards.reshard(self._module)
         known = owners(self._optimizers)
         for place in places(self._module):  # the optimizer of its adapter would have the weight
             known.setdefault(place.weight, next(known[p] for p in place.adapter.trained.values() if p in known))
@@ -267,7 +270,7 @@ def _scales(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _standing_gradient(module: nn.Module) -> int:
-    """Bytes of the largest gradient of a weight that stands until it is projected; of a sharded one too, it is whole."""
+    """Bytes of the largest gradient of a weight that stands until it is projected, of a sharded one the whole."""
     by_parameter = (place.weight for place in places(module) if isinstance(place.host, ParameterHost))
     return max((_whole_nbytes([weight]) for weight in by_parameter), default=0)
 

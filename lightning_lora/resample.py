@@ -49,7 +49,7 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
 
     which is A_new times the smallest G^T that A takes to M, and likewise for A with B. Flora (Hao et al., 2024) has
     A_new A^T M, which is n/r times as large. Second moments are replaced by their mean over the r rows: the rows are
-    drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten, by :func:`forget`.
+    drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten (:func:`forget`).
     """
     with shards.gathered(adapter) as whole:
         A, B = whole.A.detach().clone(), whole.B.detach().clone()

@@ -1,6 +1,6 @@
 """Parameters of which every process holds a part, as FSDP2's ``fully_shard`` leaves them.
 
-All that is done here is done by all processes together, in the same order. What is a whole tensor already is left alone.
+All that is done here is done by all processes together, in the same order. Whole tensors are left as they are.
 """
 
 from __future__ import annotations
@@ -51,12 +51,15 @@ def rows(tensor: Tensor) -> slice | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """``tensor`` with the parts of all processes, a copy; itself if it is whole."""
-    return tensor.detach().full_tensor().clone() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_part(tensor):
+        return tensor
+    held: Any = tensor.detach()  # which may have been moved to the CPU, where its processes do not meet
+    return held.to(held.device_mesh.device_type).full_tensor().to(tensor.device, copy=True)
 
 
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
-    """Writes ``value``, which is whole and the same everywhere, into ``tensor``, of which each process keeps its part."""
+    """Writes ``value``, whole and the same everywhere, into ``tensor``, of which each process keeps its part."""
     tensor.copy_(_own(value.to(tensor.device, tensor.dtype), tensor) if is_part(tensor) else value)
 
 
@@ -78,20 +81,20 @@ def gathered(adapter: Adapter) -> Iterator[Adapter]:
             write(tensor, copy.state_dict()[name])
 
 
-def follow(adapter: Adapter, weight: Tensor, *before: Tensor) -> None:
-    """:meth:`Adapter.follow` where adapter and weight may be spread; the factors ``before`` are whole.
+def follow(adapter: Adapter, weight: Tensor, A: Tensor, B: Tensor) -> None:
+    """:meth:`Adapter.follow` where adapter and weight may be spread; the factors before, ``A`` and ``B``, are whole.
 
     Where the increment of some rows can be computed alone, each process adds it to the rows that it holds. Elsewhere
     the weight is gathered too.
     """
     copy = whole_adapter(adapter)
     if not is_part(weight):
-        copy.follow(weight, *before)
+        copy.follow(weight, A, B)
     elif copy.has_rows and (own := rows(weight)) is not None:
-        copy.follow(weight.detach().to_local(), *before, rows=own)  # type: ignore[attr-defined]
+        copy.follow(weight.detach().to_local(), A, B, rows=own)  # type: ignore[attr-defined]
     else:
         value = whole(weight)
-        copy.follow(value, *before)
+        copy.follow(value, A, B)
         write(weight, value)
     adapter.lost = copy.lost
 
@@ -128,10 +131,7 @@ class Whole(MutableMapping[str, Tensor]):
         self._in_place = in_place
 
     def __getitem__(self, key: str) -> Tensor:
-        held: Any = self.parts[key].detach()
-        if is_part(held):  # which a strategy may have moved to the CPU, where its processes do not meet
-            held = held.to(held.device_mesh.device_type).full_tensor()
-        return held.cpu()
+        return whole(self.parts[key].detach()).cpu()
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         held = self.parts[key]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from model_parallel import ELSEWHERE, FREE, ROUNDED, RUNS, Net, Watch, fit, train
+from model_parallel import ELSEWHERE, FREE, ROUNDED, RUNS, Net, Watch, fit, net, train
 from models import digest
 from test_checkpoint import printed_by_a_new_process
 from torch import nn
@@ -201,6 +201,29 @@ def test_another_number_of_processes_resumes_a_folder(name, elsewhere, processes
     resumed = torch.tensor([process[name]["losses"] for process in elsewhere]).mean(0)
     close(resumed, through[3:])
     assert all(process[name]["merged"] == elsewhere[0][name]["merged"] for process in elsewhere)
+
+
+@pytest.mark.parametrize("name", ["zero", "merged", "projected", "A"])
+def test_the_memory_of_a_process_is_that_of_its_parts(name, processes, tmp_path):
+    """Against one process on the batches of one of two: the same activations, about half of all else."""
+    watch = Watch()
+    fit(tmp_path, net(name), RUNS[name], watch, devices=1, batch=2)
+    for process in processes:
+        for side, alone in (("lora", watch.memory["lora"]), ("full", watch.memory["full"])):
+            seen = process[name]["memory"][side]
+            assert seen["activations"] == pytest.approx(alone["activations"], rel=0.06)
+            assert all(alone[part] / 3 <= seen[part] <= alone[part] * 0.8 for part in ("parameters", "gradients"))
+            assert alone["optimizer"] / 3 <= seen["optimizer"] <= alone["optimizer"] * 0.8
+        assert process[name]["memory"]["lora"]["activations"] == watch.memory["lora"]["activations"] or "proj" in name
+        trained = sum(map(math.prod, watch.trained.values()))
+        assert process[name]["memory"]["lora"]["communicated"] == 4 * trained
+        assert "FSDP2 does not let its modules be copied" in process[name]["memory"]["notes"][0]
+
+
+def test_a_step_by_which_torch_makes_states_is_none(processes):
+    for process in processes:
+        without, saved = process["saved at the start"]
+        assert without == saved
 
 
 def test_what_nearest_rounding_would_have_lost_is_logged(processes):
