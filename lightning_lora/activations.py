@@ -24,27 +24,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
+from lightning_lora import shards
 from lightning_lora.inject import take_out, trained_without
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """What ``tensor`` is stored in: itself, the local shard of a DTensor, the packed parts of a quantised tensor."""
     if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, Tensor):  # a DTensor names its mesh too
+                yield from plain_tensors(part)
     else:
         yield tensor
 
 
-def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> bytes of each storage of ``tensors``: shared ones once, packed ones as they are packed."""
+def storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Address -> each storage of ``tensors``: shared ones once, packed ones as they are packed."""
     found = (plain.untyped_storage() for tensor in tensors for plain in plain_tensors(tensor))
-    return {storage._cdata: storage.nbytes() for storage in found}
+    return {storage._cdata: storage for storage in found}
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that ``tensors`` take, each storage counted once."""
-    return sum(storages(tensors).values())
+    return sum(storage.nbytes() for storage in storages(tensors).values())
 
 
 class SavedTensors:
@@ -55,22 +58,27 @@ class SavedTensors:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._known = storages([*module.parameters(), *module.buffers()])
-        self._found: dict[int, int] = {}
+        self._known = self._own()
+        self._found: dict[int, torch.UntypedStorage] = {}
         self._most = 0
+
+    def _own(self) -> dict[int, torch.UntypedStorage]:
+        return storages([*self._module.parameters(), *self._module.buffers()])
 
     @property
     def nbytes(self) -> int:
         """The most that stood for one backward."""
-        return max(self._most, sum(self._found.values()))
+        return self.nbytes_with(self)
 
     def nbytes_with(self, other: SavedTensors) -> int:
         """Bytes of what either has found."""
-        return max(self._most, sum((self._found | other._found).values()))
+        # what FSDP2 gathers of parameters is freed after the forward, and of the outermost module stands in its place
+        found, own = self._found | other._found, self._own()
+        return max(self._most, sum(storage.nbytes() for key, storage in found.items() if key not in own))
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Counts ``tensors`` as saved."""
-        self._found |= {key: size for key, size in storages(tensors).items() if key not in self._known}
+        self._found |= {key: storage for key, storage in storages(tensors).items() if key not in self._known}
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -281,6 +289,8 @@ def _dry_full_step(
     And the bytes for LoRA where there is an RNN, whose workspace is not seen without data: by these and those of the
     real step it is known how much that is, and it is the same in both.
     """
+    if shards.is_sharded(module):
+        raise TypeError("FSDP2 does not let its modules be copied")
     if any(isinstance(arg, Iterator) for arg in (*args, *kwargs.values())):
         raise TypeError("training_step takes an iterator, and a batch can be taken from it once")
 

@@ -14,8 +14,9 @@ from torch.optim import LBFGS, Optimizer
 from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.inject import Injection, Place, adapters, places
+from lightning_lora.optimizer_states import makes_states
 from lightning_lora.options import Options
-from lightning_lora.resample import check_moments, draw_anew, warn_of_decay
+from lightning_lora.resample import check_moments, draw_anew, forget, warn_of_decay
 
 _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 """Adapter -> the optimizers whose steps it follows."""
@@ -65,6 +66,7 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
             optimizers, or their moments cannot be treated as ``resample_moments`` says. If it is attached already.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
+    shards.reshard(module)
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     if not any(p in owned for adapter in adapters(module).values() for p in adapter.trained.values()):
         raise ValueError(
@@ -81,13 +83,14 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
         follower.check(optimizer, owned)
     if not followers:
         return Handle(optimizer, [], [])
+    sharded = shards.is_sharded(module)
     for follower in followers:
         _FOLLOWED.setdefault(follower.adapter, weakref.WeakSet()).add(optimizer)
 
     def remember(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shards.reshard(module)
         for follower in followers:
-            follower.remember()
+            follower.remember(optimizer)
         if len(args) > 1 and args[1] is not None:  # the first is the optimizer itself
             return (args[0], _once(args[1]), *args[2:]), kwargs
         if kwargs.get("closure") is not None:
@@ -96,7 +99,7 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
 
     def follow(*_: Any) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler for a fused optimizer, which skips inside
-        if skipped is None or not skipped.item():
+        if (skipped is None or not skipped.item()) and not (sharded and makes_states(optimizer)):
             for follower in followers:
                 follower.follow(optimizer)
 
@@ -143,10 +146,12 @@ class Follower:
                     " to one."
                 )
 
-    def remember(self) -> None:
-        """Keeps what it takes to follow a step."""
+    def remember(self, optimizer: Optimizer) -> None:
+        """Keeps what it takes to follow a step that is about to be taken."""
+        if self.adapter.resample is not None and self.options.resample_moments == "reset":
+            forget(self.adapter, optimizer)
         if self.place.host.holds_increment:
-            self._before = self.adapter.held()
+            self._before = shards.whole_adapter(self.adapter).held()
         if self.options.lr_ratio is not None:
             self._B = self.adapter.B.detach().clone()
 
@@ -156,7 +161,8 @@ class Follower:
         if self.options.lr_ratio is not None:
             self.adapter.B.copy_(self._B + self.options.lr_ratio * (self.adapter.B - self._B))
         if self.place.host.holds_increment:
-            self.adapter.follow(self.place.weight, *self._before)
+            A, B = self._before
+            shards.follow(self.adapter, self.place.weight, A, B)
         if (every := self.options.resample_every_n_steps) is not None:
             self.adapter.steps += 1
             if self.adapter.steps % every == 0:

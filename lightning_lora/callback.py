@@ -18,6 +18,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.plugins.precision import (
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    Precision,
+    TransformerEnginePrecision,
+    XLAPrecision,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -38,7 +45,7 @@ from lightning_lora.first_batches import first_losses
 from lightning_lora.gradient_start import PASSES, start_from_gradients
 from lightning_lora.hosts import Swapped, swap, unswap
 from lightning_lora.hosts.quantized import TorchAO, quantize, storages, torch_linear
-from lightning_lora.inject import adapters, inject_options, injections, merge, merging_errors, places
+from lightning_lora.inject import Injection, adapters, inject_options, injections, merge, merging_errors, places
 from lightning_lora.memory import MemoryMeter, MemoryReport
 from lightning_lora.options import CHECKPOINTS, Options, check_choice
 from lightning_lora.summary import print_summary
@@ -184,11 +191,17 @@ class LoRA(Callback):
         """What this process held of sharded weights before a file was loaded into them."""
         self._loads_late = False
         """Whether a strategy may yet do that, before anything can hear of it."""
+        self._reads = False
+        """Whether it has begun."""
         self._trains = False
         self._rounded: list[Adapter] = []
         """Those whose weights are rounded at each draw."""
         self._silent = False
         """Whether what the module logs is of no batch of the run."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what goes to another process, is the same callback without the run it is in."""
+        return {**vars(self), **{name: value for name, value in vars(LoRA()).items() if name.startswith("_")}}
 
     # ------------------------------------------------------------------------------------------------ before the run
 
@@ -199,16 +212,16 @@ class LoRA(Callback):
         module's own hooks are the only ones that Lightning calls before it loads a checkpoint, and the only ones it
         calls when it saves weights only.
         """
+        if sum(isinstance(callback, LoRA) for callback in _callbacks(trainer)) > 1:
+            raise MisconfigurationException(
+                "The Trainer has two LoRA callbacks, and each would freeze what the other trains. Use one:"
+                " `target_modules` may name modules anywhere, with `rank_pattern` and `alpha_pattern` for those that"
+                " differ."
+            )
         if isinstance(pl_module, _Run):
-            earlier = pl_module.lora_callback
-            if earlier is not self and earlier in _callbacks(trainer):
-                raise MisconfigurationException(
-                    "The Trainer has two LoRA callbacks. Use one: `target_modules` may name modules anywhere, with"
-                    " `rank_pattern` and `alpha_pattern` for those that differ."
-                )
-            earlier._make_plain(pl_module)  # a tuner failed before any callback could hear of it
+            pl_module.lora_callback._make_plain(pl_module)  # a tuner failed before any callback could hear of it
             if isinstance(pl_module, _Run):  # it is sharded, and adapted until `merge`
-                unswap(pl_module)
+                unswap(pl_module, _Run)
         if stage == "fit":
             _refuse_unsupported(trainer)
             if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -217,7 +230,7 @@ class LoRA(Callback):
             self._fingerprints = ckpt.Fingerprints()
             self.memory = None
             self._own_callbacks = _callbacks(trainer)
-        self._trains = False
+        self._trains = self._waits_for_file = False
         pl_module.lora_callback = self  # type: ignore[assignment]
         swap(pl_module, _Run)
 
@@ -247,11 +260,6 @@ class LoRA(Callback):
             )
         self._trains = True
         held = [place.name for place in places(pl_module) if place.host.holds_increment]
-        if held and shards.is_sharded(pl_module):
-            raise MisconfigurationException(
-                f"The weight of {held[0]!r} would hold its increment, which LoRA does not support where weights are"
-                " sharded. Leave it out of the targets: Linear, Embedding and convolutions can be factored."
-            )
         if held and self.checkpoint == "adapter":
             raise MisconfigurationException(
                 f"`checkpoint='adapter'` needs frozen weights, and that of {held[0]!r} holds its increment and is not"
@@ -260,7 +268,7 @@ class LoRA(Callback):
 
     def loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gives the module, which loads its weights next, W0 and adapters in the place of merged weights."""
-        self._waits_for_file = False
+        self._reads = False
         if shards.is_sharded(pl_module):
             if self._loads_late and super(_Run, pl_module).strict_loading:  # type: ignore[misc]
                 _check_complete(trainer, pl_module)
@@ -273,6 +281,7 @@ class LoRA(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that what was injected will be trained, and says what it is."""
+        _check_there(trainer, pl_module)
         _check_trained(trainer, pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             _check_sharded(pl_module)
@@ -302,14 +311,21 @@ class LoRA(Callback):
                 attach(pl_module, optimizer) for optimizer in _optimizers_with_adapters(trainer, pl_module)
             ]
         own_run = _callbacks(trainer) is self._own_callbacks  # a tuner's trial steps have others
-        if self.log_memory and own_run and not shards.is_sharded(pl_module):
+        if self.log_memory and own_run:
             self._meter = MemoryMeter(pl_module, trainer.optimizers, trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks again: the module's own ``on_fit_start`` may have frozen everything."""
+        self._waits_for_file = False
         self._forget_loading()
         shards.reshard(pl_module)  # after the sanity check
         _check_trained(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Whatever was to be read from a file has been read."""
+        self._waits_for_file = False
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Strikes out, until the first batch is over, the adapters that a gradient reached."""
@@ -324,7 +340,8 @@ class LoRA(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Names the adapters that no gradient reached in the first batch; logs what stochastic rounding has kept."""
         if lost := [adapter.lost for adapter in self._rounded if adapter.lost is not None]:
-            pl_module.log("lora/lost_to_nearest_rounding", torch.stack(lost).mean())
+            share, sharded = torch.stack(lost).mean(), shards.is_sharded(pl_module)
+            pl_module.log("lora/lost_to_nearest_rounding", share, sync_dist=sharded)  # of the rows of each process
         if self._idle:
             rank_zero_warn(
                 f"No gradient reached the adapters of {', '.join(sorted(self._idle))} in the first batch. They stay at"
@@ -348,7 +365,8 @@ class LoRA(Callback):
             return
         state = checkpoint["state_dict"]
         if any(shards.is_part(tensor) for tensor in state.values()):
-            checkpoint[ckpt.KEY] = ckpt.describe(pl_module, self.options, self._fingerprints)
+            parts = ckpt.merged_parts(state, pl_module, self.options, self._fingerprints)
+            checkpoint["state_dict"], checkpoint[ckpt.KEY] = parts
             return
         payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
         ckpt.put_out(state, payload, storages(pl_module))
@@ -360,11 +378,11 @@ class LoRA(Callback):
         """Leaves a plain module behind; Lightning calls no ``teardown`` after an exception.
 
         Raises:
-            ValueError: If the reason was that the checkpoint is truncated, which the exception does not tell.
+            ValueError: If the checkpoint that was being read is damaged, which the exception does not tell.
         """
         self._make_plain(pl_module)
-        if self._waits_for_file and isinstance(exception, Exception) and _is_truncated(trainer.ckpt_path):
-            raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is truncated.") from exception
+        if self._waits_for_file and isinstance(exception, Exception) and (damage := _damage(trainer.ckpt_path)):
+            raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is {damage}.") from exception
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves a plain module behind, with merged weights."""
@@ -389,11 +407,12 @@ class LoRA(Callback):
 
     def keep_w0(self, pl_module: pl.LightningModule) -> None:
         """Keeps what this process has of W0, which a strategy is about to overwrite by what is in a file."""
-        if not self._before:
-            self._before = {place.key: place.weight.detach().clone() for place in places(pl_module)}
+        if not self._reads:
+            frozen = (place for place in places(pl_module) if not place.host.holds_increment)
+            self._reads, self._before = True, {place.key: place.weight.detach().clone() for place in frozen}
 
     def _forget_loading(self) -> None:
-        self._loads_late, self._before = False, {}
+        self._loads_late, self._reads, self._before = False, False, {}
 
     def _make_plain(self, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, _Run) or pl_module.lora_callback is not self:
@@ -405,7 +424,7 @@ class LoRA(Callback):
         self._forget_loading()
         if adapters(pl_module) and shards.is_sharded(pl_module):
             return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
-        unswap(pl_module)
+        unswap(pl_module, _Run)
         if self._trains and adapters(pl_module):
             state = pl_module.state_dict()
             payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
@@ -423,6 +442,7 @@ class _Run(Swapped, pl.LightningModule):
     """What a LightningModule is besides itself from ``setup`` to ``teardown``: one that tells the callback."""
 
     attribute = "lora_callback"
+    in_copies = False
     lora_callback: LoRA
 
     def _is_strict(self) -> bool:
@@ -437,6 +457,22 @@ class _Run(Swapped, pl.LightningModule):
 
     strict_loading = property(_is_strict, pl.LightningModule.strict_loading.fset)  # type: ignore[attr-defined]
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What a strategy looks for in a folder of parts, while it reads one, are the keys of the plain model."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora_callback._reads:
+            for place in places(self):
+                for name in place.adapter.state_dict():
+                    state.pop(f"{kwargs.get('prefix', '')}{place.factors}{name}", None)
+        return state
+
+    def __getstate__(self) -> Any:
+        """A copy is a module with adapters, of no run."""
+        state = super().__getstate__()
+        if (meter := self.lora_callback._meter) is not None:
+            meter.restore_step(state)
+        return state
+
     def configure_model(self) -> None:
         super().configure_model()
         with torch_linear():
@@ -450,6 +486,7 @@ class _Run(Swapped, pl.LightningModule):
         self.lora_callback.starts(self.trainer, self)
         super().on_train_start()
 
+    @torch.compiler.disable  # a compiled `training_step` breaks here in any case, and some versions of torch fail in it
     def log(self, *args: Any, **kwargs: Any) -> None:
         if not self.lora_callback._silent:
             super().log(*args, **kwargs)
@@ -460,11 +497,17 @@ class _Run(Swapped, pl.LightningModule):
         super().on_save_checkpoint(checkpoint)
 
 
+AVERAGED = (
+    "it averages A and B, and the average of products is not the product of averages; checkpoints hold merged weights,"
+    " and the `state_dict` of several can be averaged"
+)
 REFUSED: Mapping[type[Callback], str] = {
-    BaseFinetuning: "it freezes and unfreezes the parameters that LoRA has frozen; LoRA replaces it",
-    ModelPruning: "it rewrites the frozen weights while adapters are trained on them",
-    StochasticWeightAveraging: "it averages A and B, and the average of products is not the product of averages",
-    WeightAveraging: "it averages A and B, and the average of products is not the product of averages",
+    BaseFinetuning: "it freezes and unfreezes the parameters that LoRA has frozen; LoRA replaces it, with"
+    " `modules_to_save` for what is to be trained in full",
+    ModelPruning: "it rewrites the frozen weights while adapters are trained on them; prune the merged module after"
+    " `fit`",
+    StochasticWeightAveraging: AVERAGED,
+    WeightAveraging: AVERAGED,
 }
 
 
@@ -474,6 +517,16 @@ REFUSED_STRATEGIES: Mapping[type[Strategy], str] = {
     " `ModelParallelStrategy`, with `fully_shard` in `configure_model`, shards them one by one",
     DeepSpeedStrategy: "its engine keeps the parameters and writes the files itself, so nothing can be merged in them;"
     " `ModelParallelStrategy`, with `fully_shard` in `configure_model`, shards parameters and optimizer states too",
+}
+
+REFUSED_PRECISIONS: Mapping[type[Precision], str] = {
+    TransformerEnginePrecision: "it puts layers of Transformer Engine, which carry no adapter, in the place of Linears;"
+    " `precision='bf16-mixed'` or 'bf16-true' keeps them",
+    FSDPPrecision: "it belongs to FSDPStrategy, which LoRA does not support; `precision='bf16-true'` and the like"
+    " choose the plugin that fits the strategy",
+    DeepSpeedPrecision: "it belongs to DeepSpeedStrategy, which LoRA does not support; `precision='bf16-true'` and the"
+    " like choose the plugin that fits the strategy",
+    XLAPrecision: "it belongs to the strategies for XLA devices, which LoRA does not support",
 }
 
 
@@ -486,6 +539,9 @@ def _refuse_unsupported(trainer: pl.Trainer) -> None:
             f"LoRA does not support {type(trainer.strategy).__name__}, which may shard or wrap the module in its"
             f" own way. It supports {', '.join(strategy.__name__ for strategy in SUPPORTED_STRATEGIES)}."
         )
+    for plugin, reason in REFUSED_PRECISIONS.items():
+        if isinstance(trainer.precision_plugin, plugin):
+            raise MisconfigurationException(f"LoRA does not support {plugin.__name__}: {reason}.")
     for callback in _callbacks(trainer):
         for kind, reason in REFUSED.items():
             if isinstance(callback, kind):
@@ -527,11 +583,6 @@ def _refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: s
             f"LoRA supports {name} with `tensor_parallel_size=1` only: a layer that is split over processes would need"
             " an adapter split alike. Use `data_parallel_size` for all of them, with `fully_shard`."
         )
-    if options.gradient != "factored":
-        raise MisconfigurationException(
-            f"`gradient={options.gradient!r}` changes the weights after each step, which LoRA does not do to sharded"
-            f" ones. Under {name} use `gradient='factored'`."
-        )
     if options.init == "gradient":
         raise MisconfigurationException(
             f"`init='gradient'` needs gradients of whole weights before adapters are put in, and under {name} adapters"
@@ -558,10 +609,24 @@ def _check_complete(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """That the file just loaded into a sharded module has all but the adapters."""
     if trainer.ckpt_path is None or not os.path.isfile(trainer.ckpt_path):
         return  # a folder is asked for everything
-    in_file = torch.load(trainer.ckpt_path, mmap=True, map_location="cpu")["state_dict"]
+    in_file = torch.load(trainer.ckpt_path, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
     factors = tuple(place.factors for place in places(pl_module))
     if missing := [key for key in pl_module.state_dict() if key not in in_file and not key.startswith(factors)]:
         raise KeyError(f"{trainer.ckpt_path} has no {missing[0]!r}, nor {len(missing) - 1} more keys of the module.")
+
+
+def _check_there(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """That no adapted layer has been replaced, which a precision plugin can do after all hooks that come before."""
+    for owner in pl_module.modules():
+        if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
+            found = adapters(owner)
+            if len(found) < len(injection.adapted):  # a shared layer may go by another name
+                gone = [name for name in injection.adapted if name not in found]
+                raise MisconfigurationException(
+                    f"The adapter of {gone[0]!r} and {len(gone) - 1} more are gone: other layers have been put in the"
+                    f" place of theirs since, by {type(trainer.precision_plugin).__name__} or the module's own code."
+                    " Replace layers in `__init__`, `setup` or `configure_model`, before the adapters are put in."
+                )
 
 
 def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -605,10 +670,17 @@ def _optimizers_with_adapters(trainer: pl.Trainer, pl_module: pl.LightningModule
     ]
 
 
-def _is_truncated(path: Any) -> bool:
-    """Whether the file begins as a zip archive, as ``torch.save`` writes, and ends before its table of contents."""
+def _damage(path: Any) -> str | None:
+    """What is wrong with the zip archive that ``torch.save`` has written to ``path``."""
     if path is None or not os.path.isfile(path):
-        return False
+        return None
     with open(path, "rb") as file:
         begins = b"PK\x03\x04".startswith(file.read(4))
-    return begins and not zipfile.is_zipfile(path)
+    if not zipfile.is_zipfile(path):
+        return "truncated" if begins else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception:  # whatever is raised for headers that make no sense
+        return "damaged: its table of contents cannot be read"
+    return None if part is None else f"damaged: the checksum of its part {part!r} is wrong"

@@ -6,13 +6,12 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
 ``checkpoint["lightning_lora"]`` holds tensors and primitives only::
 
     version   of this format
-    form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers;
-              "sharded": what the module holds while training, W0 and adapters, each process its part
+    form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
     options   of the callback, to be read by people
     adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
               decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
               is not trained is left out
-    trained   names of the base's parameters that are trained in full
+    trained   keys in state_dict of the base's parameters that are trained in full
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
               file that has it dequantised
@@ -20,12 +19,12 @@ there, and a sharding strategy puts full tensors there on rank 0 and nothing els
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -34,10 +33,13 @@ from lightning_lora import draws, shards
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
 from lightning_lora.hosts.quantized import Storage, is_quantized, storages, without_extras
 from lightning_lora.inject import Place, places, trained_besides
-from lightning_lora.options import CHECKPOINTS, RESAMPLES, Options, check_choice
+from lightning_lora.names import plain_name, state_key
+from lightning_lora.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMPLES, Options, check_choice
 
 KEY = "lightning_lora"
 VERSION = 1
+NUMBERS = tuple(getattr(torch, dtype) for dtype in ADAPTER_DTYPES)
+"""The dtypes of what is computed with."""
 
 State = dict[str, Any]
 
@@ -52,7 +54,7 @@ class Fingerprints:
     """Fingerprints of frozen weights, each computed once for as long as its weight is not written to."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+        self._known: dict[str, tuple[tuple[int, int, bool], str]] = {}
 
     def of(
         self, key: str, state: Mapping[str, Tensor], part: Tensor | None = None, stored: Storage | None = None
@@ -62,7 +64,8 @@ class Fingerprints:
         Of a quantised weight, that of what is ``stored``.
         """
         held = stored.tensors()[0] if stored is not None else state[key] if part is None else part
-        seen = held.data_ptr(), held._version
+        gathers = isinstance(state, shards.Whole)  # so that all processes know it, or none
+        seen = held.data_ptr(), held._version, gathers
         if key not in self._known or self._known[key][0] != seen:
             self._known[key] = seen, fingerprint(state[key]) if stored is None else stored.fingerprint()
         return self._known[key][1]
@@ -74,21 +77,32 @@ def take_apart(
     """Removes the adapters from ``state``, an adapted module's, and returns what ``checkpoint["lightning_lora"]`` is.
 
     What is left in ``state`` is the base model's: its keys, with what the weights hold while training.
+
+    Raises:
+        MisconfigurationException: If ``state`` has an adapter and not its weight.
     """
     adapters: State = {}
     frozen: dict[str, Tensor | None] = {}
     for place in places(module):
         if f"{place.factors}A" in state:
+            if place.key not in state:
+                raise MisconfigurationException(
+                    f"`checkpoint['state_dict']` has the adapter of {place.key!r} and not the weight, which a callback"
+                    " has taken out in `on_save_checkpoint`: it can neither be merged nor be told from others. Leave"
+                    " out what is frozen by `LoRA(checkpoint='adapter')`, not by a callback."
+                )
             tensors = {name: state.pop(f"{place.factors}{name}") for name in place.adapter.state_dict()}
-            weight = state.get(place.key, place.weight)
+            weight = state[place.key] if place.adapter.rescales else place.weight  # to gather it costs
             adapters[place.name] = place.adapter.with_tensors(tensors).state(weight)
             if not place.host.holds_increment:
                 frozen[place.key] = shards.part(place.weight)
-        for inner, _ in place.host.lora.named_modules(prefix=place.factors.partition("lora.")[0] + "lora"):
-            getattr(state, "_metadata", {}).pop(inner, None)
+    metadata = getattr(state, "_metadata", {})
+    inside = tuple(place.factors.partition("lora.")[0] + "lora." for place in places(module))
+    for path in [path for path in metadata if f"{state_key(path)}.".startswith(inside)]:
+        del metadata[path]
     trained = [name for name in trained_besides(module) if name in state]
     if form == "adapter":
-        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        parameters = {state_key(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         frozen = {key: None for key in state if key in parameters and key not in trained}
     stored = storages(module)
     frozen |= {key: None for key in stored if key in state and key not in frozen}
@@ -102,14 +116,19 @@ def take_apart(
     }
 
 
-def describe(module: nn.Module, options: Options, fingerprints: Fingerprints) -> State:
-    """What ``checkpoint["lightning_lora"]`` is where each process writes its part of ``module`` as it is.
+def merged_parts(state: State, module: nn.Module, options: Options, fingerprints: Fingerprints) -> tuple[State, State]:
+    """The merged state of which each process holds the parts that it is to write, and ``checkpoint["lightning_lora"]``.
 
     All processes call this together: A, B, and one after another the frozen weights are gathered.
+
+    Args:
+        state: That of the adapted ``module``, in parts. It is left as it is.
+        module, options, fingerprints: As for :func:`take_apart`.
     """
-    payload = take_apart(shards.Whole(module.state_dict()), module, options, "sharded", fingerprints)
-    payload["adapters"] = move_data_to_device(payload["adapters"], torch.device("cpu"))
-    return payload
+    whole = shards.Whole(state)
+    payload = take_apart(whole, module, options, "merged", fingerprints)
+    fold(whole, payload)
+    return whole.parts, payload
 
 
 def put_out(state: State, payload: State, stored: Mapping[str, Storage] | None = None, merged: bool = False) -> None:
@@ -135,22 +154,27 @@ def put_out(state: State, payload: State, stored: Mapping[str, Storage] | None =
         state[key] = stored[key].dequantized().to(stored[key].dtype)
 
 
-def fold(state: State, payload: State, stored: Mapping[str, Storage] | None = None) -> None:
+def fold(state: MutableMapping[str, Any], payload: State, stored: Mapping[str, Storage] | None = None) -> None:
     """Folds the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
     folded: dict[int, Tensor] = {}
     for name, entry in payload["adapters"].items():
         if (key := weight_key(name, state)) in payload["base"]:
             layer = (stored or {}).get(key)
-            place = (state[key] if layer is None else layer.tensors()[0]).data_ptr()
-            if place not in folded:
-                weight = state[key] if layer is None else layer.dequantized()
-                folded[place] = Adapter.from_state(entry).folded_into(weight).to((layer or weight).dtype)
-            state[key] = folded[place]
+            held = state[key] if layer is None else layer.tensors()[0]
+            if isinstance(state, shards.Whole):  # what it gives has no place of its own
+                folded.clear()
+            if held.data_ptr() not in folded:
+                weight = held if layer is None else layer.dequantized()
+                folded[held.data_ptr()] = Adapter.from_state(entry).folded_into(weight).to((layer or weight).dtype)
+            state[key] = folded[held.data_ptr()]
 
 
 def weight_key(name: str, state: Mapping[str, Any]) -> str:
     """The key in ``state`` of the weight whose adapter is called ``name``."""
-    return name if name in state else f"{name}.weight"
+    names = (name, f"{name}.weight")
+    found = (key for key in names if key in state)
+    compiled = (key for key in state if plain_name(key) != key and plain_name(key) in names)
+    return next(itertools.chain(found, compiled), names[1])
 
 
 def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | None = None) -> None:
@@ -171,17 +195,16 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | Non
     if (payload := checkpoint.get(KEY)) is None:
         return
     _check_format(payload)
-    state = dict(checkpoint["state_dict"])
     found = list(places(module))
     stored = storages(module)
+    current = module.state_dict() if found or payload["form"] == "adapter" else {}
+    _check_weights(payload, checkpoint.get("state_dict"), current, stored)
+    state = dict(checkpoint["state_dict"])
     if not found:
         _keep_quantized(state, payload, stored)
     if found:
         _check_same_adapters(payload, module, found)
-    if payload["form"] == "sharded":
-        _drop_adapters(state, payload)
-    elif found or payload["form"] == "adapter":
-        current = module.state_dict()
+    if found or payload["form"] == "adapter":
         _put_base_back(state, payload, current, found, exact, held or {"base": {}, "adapters": {}}, stored)
     for place in found:
         for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
@@ -206,43 +229,16 @@ def take_in_shards(checkpoint: State, module: nn.Module, exact: bool, before: Ma
         return
     _check_format(payload)
     shards.reshard(module)
-    state = shards.Whole(module.state_dict())
-    found = list(places(module))
-    if found:
-        _check_same_adapters(payload, module, found)
-        if payload["form"] == "merged":
-            _put_base_back(state, payload, shards.Whole(before), found, exact, {"base": {}, "adapters": {}}, {})
+    state = shards.Whole(module.state_dict(), in_place=True)
+    if not (found := list(places(module))):
+        return
+    _check_same_adapters(payload, module, found)
+    _put_base_back(state, payload, shards.Whole(before), found, exact, {"base": {}, "adapters": {}}, {})
     for place in found:
-        for name, value in place.adapter.resume(payload["adapters"][place.name]).items():
+        with shards.gathered(place.adapter) as whole:
+            tensors = whole.resume(payload["adapters"][place.name])
+        for name, value in tensors.items():
             state[f"{place.factors}{name}"] = value
-    if not found and payload["form"] == "sharded":
-        once = dict(module.named_parameters())  # a shared weight by one of its names
-        for name, entry in payload["adapters"].items():
-            if (key := weight_key(name, state)) in once:
-                state[key] = Adapter.from_state(entry).folded_into(state[key])
-
-
-def as_merged(checkpoint: State) -> State:
-    """The merged checkpoint, with the plain model's ``state_dict``, of one that was sharded and then consolidated.
-
-    For what ``python -m lightning.fabric.utilities.consolidate_checkpoint`` makes of a folder that
-    ``ModelParallelStrategy(save_distributed_checkpoint=True)`` has written.
-    """
-    payload: State = checkpoint.get(KEY, {})
-    _check_format(payload)
-    if payload["form"] != "sharded":
-        raise ValueError(f"The checkpoint was not sharded: its form is {payload['form']!r}.")
-    state = dict(checkpoint["state_dict"])
-    _drop_adapters(state, payload)
-    fold(state, payload)
-    return {**checkpoint, "state_dict": state, KEY: {**payload, "form": "merged"}}
-
-
-def _drop_adapters(state: State, payload: State) -> None:
-    """Leaves W0 in ``state``, which was sharded; the adapters are in ``payload`` too."""
-    for name, entry in payload["adapters"].items():
-        for factor in entry:
-            state.pop(f"{name}.lora.{factor}", None)
 
 
 def _put_base_back(
@@ -268,8 +264,8 @@ def _put_base_back(
                 state[key] = stored[key].weight.detach()
             else:
                 others.append(key)
-        elif key in current and fingerprint(current[key].to(_dtype_of(expected))) == expected:
-            state[key] = current[key].to(_dtype_of(expected))
+        elif (weight := _cast(current.get(key), expected)) is not None and fingerprint(weight) == expected:
+            state[key] = weight
         elif not found and key in folded and held["base"].get(key) == expected:
             state[key], _ = Adapter.from_state(folded[key]).folded_out_of(current[key])
         else:
@@ -338,9 +334,9 @@ def _keep_quantized(state: State, payload: State, stored: Mapping[str, Storage])
 
 def _check_format(payload: Any) -> None:
     """That ``payload``, read from a file, is what :func:`take_apart` makes."""
-    version = payload.get("version") if isinstance(payload, Mapping) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: it has no version.")
+    version: Any = payload.get("version") if isinstance(payload, Mapping) else None
+    if not _is_int(version) or version < 1:
+        raise _malformed("it has no version")
     if version > VERSION:
         raise MisconfigurationException(
             f"The checkpoint's adapters are saved in format {version}; this version of lightning-lora reads"
@@ -349,53 +345,107 @@ def _check_format(payload: Any) -> None:
     kinds = {"form": str, "adapters": Mapping, "trained": list, "base": Mapping}
     for field, kind in kinds.items():
         if not isinstance(payload.get(field), kind):
-            raise ValueError(
-                f"The checkpoint's `{KEY}` entry is malformed: `{field}` is missing or no {kind.__name__}."
-            )
-    check_choice(f"{KEY}.form", payload["form"], (*CHECKPOINTS, "sharded"))
-    if not all(isinstance(name, str) for name in payload["trained"]):
-        raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: `trained` is not a list of names.")
+            raise _malformed(f"`{field}` is missing or no {kind.__name__}")
+    check_choice(f"{KEY}.form", payload["form"], CHECKPOINTS)
+    for field in ("adapters", "trained", "base"):
+        if not all(isinstance(name, str) for name in payload[field]):
+            raise _malformed(f"`{field}` is not a {kinds[field].__name__} of names")
+    base = {plain_name(key) for key in payload["base"]}
     for name, entry in payload["adapters"].items():
-        if not isinstance(entry, Mapping) or not _is_adapter(entry):
-            raise ValueError(
-                f"The checkpoint's `{KEY}` entry is malformed: A, B, shape, scale, transposed of {name!r} do not fit."
-            )
-        check_choice(f"{KEY}.adapters[{name!r}].decomposition", entry["decomposition"], tuple(DECOMPOSITIONS))
+        decomposition = entry.get("decomposition") if isinstance(entry, Mapping) else None
+        if isinstance(decomposition, str):
+            check_choice(f"{KEY}.adapters[{name!r}].decomposition", decomposition, tuple(DECOMPOSITIONS))
+        if not isinstance(entry, Mapping) or not _is_adapter(entry) or not _fits_together(entry):
+            raise _malformed(f"A, B, shape, scale, transposed of {name!r} do not fit")
+        frozen = {name, f"{name}.weight"} & base
+        if frozen and entry["resample"] is not None:
+            raise _malformed(f"{name!r} is drawn anew and its weight in `base`")
+        if not frozen and payload["form"] != "merged":
+            raise _malformed(f"`base` has no weight for {name!r}")
     for key, expected in payload["base"].items():
-        if not isinstance(expected, str) or not isinstance(_dtype_of(expected), torch.dtype):
-            raise ValueError(
-                f"The checkpoint's `{KEY}` entry is malformed: the fingerprint of {key!r} is {expected!r}."
-            )
-        adapted = {key, key.removesuffix(".weight")} & payload["adapters"].keys()
+        dtype = _dtype_of(expected) if isinstance(expected, str) else None
+        if dtype is None or (is_quantized(expected) and dtype not in NUMBERS):
+            raise _malformed(f"the fingerprint of {key!r} is {expected if isinstance(expected, str) else 'no text'!r}")
+        adapted = {plain_name(key), plain_name(key).removesuffix(".weight")} & payload["adapters"].keys()
         if payload["form"] != "adapter" and not adapted and not is_quantized(expected):
-            raise ValueError(f"The checkpoint's `{KEY}` entry is malformed: {key!r} in `base` has no adapter.")
+            raise _malformed(f"{key!r} in `base` has no adapter")
 
 
-def _is_adapter(entry: Mapping[str, Any]) -> bool:
-    """Whether the fields of ``entry`` have their types, and its factors the shapes that the weight's asks for."""
+def _check_weights(payload: State, state: Any, current: Mapping[str, Any], stored: Mapping[str, Storage]) -> None:
+    """That increments are folded into weights of their shape, and out: those of the file and those of the module."""
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError("The checkpoint's `state_dict` is missing or no Mapping of names.")
+    for weights in (state, current):
+        keys = {name: weight_key(name, weights) for name in payload["adapters"]}
+        for name, key in keys.items():
+            weight, shape = weights.get(key), payload["adapters"][name]["shape"]
+            if weight is not None and key not in stored and not (_is_number(weight) and list(weight.shape) == shape):
+                raise ValueError(f"The adapter of {name!r} in the checkpoint is not one for the weight {key!r}.")
+        if len(set(keys.values())) < len(keys):
+            raise _malformed("a weight has two adapters")
+
+
+def _malformed(what: str) -> ValueError:
+    return ValueError(f"The checkpoint's `{KEY}` entry is malformed: {what}.")
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _is_number(tensor: Any) -> bool:
+    """Whether ``tensor`` can be computed with: it is not sparse, nested, quantised, complex, or on the meta device."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.dtype in NUMBERS
+        and not (tensor.is_meta or tensor.is_nested)
+    )
+
+
+def _is_adapter(entry: Mapping[Any, Any]) -> bool:
+    """Whether ``entry`` has the fields of an adapter's state, each of its type and within its bounds."""
     kinds = {"B": Tensor, "shape": list, "scale": float, "transposed": bool, "decomposition": str, "key": str}
-    kinds |= {"steps": int, "drawn_at": int}
     if not all(isinstance(entry.get(field), kind) for field, kind in kinds.items()):
         return False
     tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
-    shape, resample, B = entry["shape"], entry.get("resample"), entry["B"]
-    if entry.keys() != {*kinds, *tensors, "resample"} or resample not in (None, *RESAMPLES):
+    if entry.keys() != {*kinds, *tensors, "resample", "steps", "drawn_at"}:
         return False
-    if not all(isinstance(side, int) and side > 0 for side in shape) or B.dim() not in (2, 3) or B.dim() > len(shape):
-        return False
-    if not math.isfinite(entry["scale"]) or not 0 <= entry["drawn_at"] <= entry["steps"]:
-        return False
-    stack, m, n = shape[: B.dim() - 2], shape[B.dim() - 2], math.prod(shape[B.dim() - 1 :])
-    m, n = (n, m) if entry["transposed"] else (m, n)
-    sides = {"B": m, "B0": m, **({"A": n} if resample != "A" else {}), "A0": n}
-    if not sides.keys() - {"A0", "B0"} <= tensors.keys() or ("A0" in tensors) != ("B0" in tensors):
-        return False
-    fits = all(
-        list(tensors[name].shape) == [*stack, B.shape[-2], side] and tensors[name].dtype == B.dtype
-        for name, side in sides.items()
-        if name in tensors
+    resample, counts = entry["resample"], (entry["drawn_at"], entry["steps"])
+    return (
+        all(isinstance(name, str) and _is_number(tensor) for name, tensor in tensors.items())
+        and (resample is None or (isinstance(resample, str) and resample in RESAMPLES))
+        and all(_is_int(value) for value in (*counts, *entry["shape"]))
+        and all(side > 0 for side in entry["shape"])
+        and 0 <= counts[0] <= counts[1]
+        and abs(entry["scale"]) <= torch.finfo(torch.float32).max  # which "not a number" is not
     )
-    return fits and all(tensor.is_floating_point() for tensor in tensors.values())
+
+
+def _fits_together(entry: Mapping[str, Any]) -> bool:
+    """Whether the tensors of an adapter's state have the shapes that the weight's asks for, and one dtype."""
+    tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
+    kind, shape, B = DECOMPOSITIONS[entry["decomposition"]], entry["shape"], entry["B"]
+    if B.dim() not in (2, 3) or B.dim() > len(shape):
+        return False
+    *stack, r = B.shape[:-1]
+    m, n = shape[len(stack)], math.prod(shape[len(stack) + 1 :])
+    m, n = (n, m) if entry["transposed"] else (m, n)
+    sides = {"B": m, **({"A": n} if entry["resample"] != "A" else {})}
+    if "A0" in tensors or "B0" in tensors:
+        sides |= {"A0": n, "B0": m}
+    shapes = {name: [*stack, r, side] for name, side in sides.items()} | {name: [*stack, m] for name in kind.per_output}
+    if stack != shape[: len(stack)] or not 0 < r <= min(m, n) or not shapes.keys() <= tensors.keys():
+        return False
+    if any(list(tensors[name].shape) != expected for name, expected in shapes.items()):
+        return False
+    if any(tensors[name].dtype != B.dtype for name in sides):
+        return False
+    try:
+        kind.check_shape("", m, n, r, "zero")
+        return "A" not in sides or Adapter.from_state(entry) is not None
+    except (ValueError, KeyError):  # no such rank; names that no parameter can have
+        return False
 
 
 def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) -> None:
@@ -422,6 +472,9 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
             ("rank", given.rank, entry["B"].shape[-2]),
             ("tensors", sorted(tensors), sorted(then_tensors)),
             ("shapes", _shapes(tensors), _shapes(then_tensors)),
+            ("start", "zero" if given.A0 is None else "A0 B0", "A0 B0" if "A0" in entry else "zero"),
+            ("a weight of shape", list(given.shape), entry["shape"]),
+            ("transposed", given.transposed, entry["transposed"]),
             ("scale", given.scale, entry["scale"]),
             ("dtype", given.A.dtype, entry["B"].dtype),
         ):
@@ -442,8 +495,17 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in sorted(tensors)}
 
 
-def _dtype_of(expected: str) -> torch.dtype:
-    return getattr(torch, expected.partition(":")[0], None)  # type: ignore[return-value]
+def _cast(weight: Any, expected: str) -> Tensor | None:
+    """``weight`` in the dtype of the fingerprint ``expected``, as a precision may cast it later; None if it cannot."""
+    dtype = _dtype_of(expected)
+    if not isinstance(weight, Tensor) or not (dtype == weight.dtype or (dtype in NUMBERS and weight.dtype in NUMBERS)):
+        return None
+    return weight.to(dtype)
+
+
+def _dtype_of(expected: str) -> torch.dtype | None:
+    dtype = vars(torch).get(expected.partition(":")[0])
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _listed(names: Iterable[str], most: int = 5) -> str:

@@ -25,6 +25,7 @@ from lightning_lora.hosts import (
     zero_factor,
 )
 from lightning_lora.hosts.quantized import REWRITES, storages
+from lightning_lora.names import plain_name, state_key, unwrapped
 from lightning_lora.options import Options
 
 
@@ -51,7 +52,7 @@ class Place:
     """Where an adapter stands in a module."""
 
     name: str
-    """Of the host, where its ``weight`` is adapted, else of the parameter."""
+    """Of the host, where its ``weight`` is adapted, else of the parameter; without those of wrappers round it."""
     key: str
     """Of the weight in the module's state."""
     factors: str
@@ -90,6 +91,7 @@ def inject(module: nn.Module, **options: Any) -> list[str]:
 
 def inject_options(module: nn.Module, options: Options) -> Injection:
     """:func:`inject` for options that have been validated."""
+    module = unwrapped(module)
     if present := adapters(module):
         raise MisconfigurationException(
             f"{type(module).__name__} has adapters already, in {next(iter(present))!r} and {len(present) - 1} more."
@@ -204,14 +206,15 @@ def merge(module: nn.Module) -> None:
 
 def _fold_whole(place: Place) -> None:
     """Folds a sharded increment into its sharded weight as it would be folded into a file."""
-    weight, tensors = shards.Whole({"": place.weight}), shards.Whole(place.adapter.state_dict())
+    weight, tensors = shards.Whole({"": place.weight}, in_place=True), shards.Whole(place.adapter.state_dict())
     weight[""] = place.adapter.with_tensors(tensors).folded_into(weight[""])
 
 
 def take_out(module: nn.Module) -> None:
     """Makes ``module`` plain again with its weights as they stand: classes, keys, ``requires_grad``."""
-    for child in [child for child in module.modules() if isinstance(child, Swapped)]:
-        unswap(child)
+    for child in list(module.modules()):
+        while isinstance(child, Swapped):
+            unswap(child)
     for owner in module.modules():
         if (injection := owner.__dict__.pop("lora_injection", None)) is not None:
             _set_flags(owner, injection, adapted=False)
@@ -220,7 +223,8 @@ def take_out(module: nn.Module) -> None:
 def adapters(module: nn.Module) -> dict[str, Adapter]:
     """The adapters in ``module``: name -> adapter with ``A``, ``B``, ``scale`` and ``delta_weight()``.
 
-    The name is that of the module whose ``weight`` is adapted, or of any other parameter.
+    The name is that of the module whose ``weight`` is adapted, or of any other parameter. What is compiled, or inside
+    an activation checkpoint, has the name that it would have without.
     """
     found: dict[int, tuple[str, Adapter]] = {}
     for place in places(module, remove_duplicate=True):
@@ -230,14 +234,14 @@ def adapters(module: nn.Module) -> dict[str, Adapter]:
 
 def places(module: nn.Module, remove_duplicate: bool = False) -> Iterator[Place]:
     """Every place of an adapter in ``module``; one in a module or a weight that stands in two places has two."""
-    for prefix, host in module.named_modules(remove_duplicate=remove_duplicate):
+    for path, host in module.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(host, Host):
-            dot = f"{prefix}." if prefix else ""
+            name, dot = plain_name(path), f"{state_key(path)}." if path else ""
             for parameter, adapter in host.adapted().items():
                 weight = host._parameters[parameter]
                 assert weight is not None
                 yield Place(
-                    name=prefix if parameter == "weight" and prefix else f"{dot}{parameter}",
+                    name=name if parameter == "weight" and name else f"{name}.{parameter}".lstrip("."),
                     key=f"{dot}{parameter}",
                     factors=f"{dot}{host.factors(parameter)}",
                     host=host,
@@ -271,7 +275,7 @@ def injections(module: nn.Module) -> Iterator[Injection]:
 
 
 def trained_besides(module: nn.Module) -> list[str]:
-    """Names of the base's parameters that are trained in full, under every name that a shared one has.
+    """Keys of the base's parameters that are trained in full, under every name that a shared one has.
 
     ``requires_grad`` alone does not tell: ``toggle_optimizer`` clears it for the parameters of the other optimizers.
     """
@@ -283,7 +287,7 @@ def trained_besides(module: nn.Module) -> list[str]:
     }
     factors = {p for adapter in adapters(module).values() for p in adapter.parameters()}
     named = module.named_parameters(remove_duplicate=False)
-    return [name for name, p in named if p in chosen or (p.requires_grad and p not in factors)]
+    return [state_key(name) for name, p in named if p in chosen or (p.requires_grad and p not in factors)]
 
 
 def trained_without(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from lightning_lora import shards
 from lightning_lora.activations import Activations, dry_run, hollow, nbytes, new_mode, watch_step
 from lightning_lora.hosts import ParameterHost
 from lightning_lora.hosts.quantized import storages
 from lightning_lora.inject import inject_options, places, trained_without
-from lightning_lora.optimizer_states import Owner, derived_nbytes, measured_nbytes, owners
+from lightning_lora.optimizer_states import Owner, derived_nbytes, makes_states, measured_nbytes, owners
 from lightning_lora.options import Options
 from lightning_lora.summary import Table
 
@@ -184,7 +185,7 @@ class MemoryMeter:
         self._optimizers = optimizers
         self._processes = processes
         self._activations = Activations()
-        self._gradients = 0
+        self._gradients = self._reduced = 0
         self._stepped: set[Optimizer] = set()
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         self._own_step = vars(module).get("training_step")
@@ -194,17 +195,22 @@ class MemoryMeter:
 
     def remove(self) -> None:
         """Takes everything off the module and the optimizers."""
-        self._restore_step()
+        self.restore_step(vars(self._module))
         for hook in self._hooks:
             hook.remove()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if shards.is_sharded(self._module) and makes_states(optimizer):
+            return
+        shards.reshard(self._module)
         self._stepped.add(optimizer)
-        standing = (p.grad for p in self._module.parameters() if p.grad is not None)
+        standing = [p.grad for p in self._module.parameters() if p.grad is not None]
         self._gradients = max(self._gradients, nbytes(standing))
+        self._reduced = max(self._reduced, _whole_nbytes(standing))
         self.report = self._read()
 
     def _read(self) -> MemoryReport:
+        shards.reshard(self._module)
         known = owners(self._optimizers)
         for place in places(self._module):  # the optimizer of its adapter would have the weight
             known.setdefault(place.weight, next(known[p] for p in place.adapter.trained.values() if p in known))
@@ -219,7 +225,7 @@ class MemoryMeter:
             gradients=self._gradients + projected,
             optimizer=state,
             activations=self._activations.lora,
-            communicated=self._gradients if self._processes > 1 else 0,
+            communicated=self._reduced if self._processes > 1 else 0,
             derived=frozenset(["gradients"] * bool(projected) + ["optimizer"] * derived),
         )
         full = Memory(
@@ -227,7 +233,7 @@ class MemoryMeter:
             gradients=nbytes(trained),
             optimizer=derived_nbytes((p, known.get(p, default)) for p in trained),
             activations=self._activations.full,
-            communicated=nbytes(trained) if self._processes > 1 else 0,
+            communicated=_whole_nbytes(trained) if self._processes > 1 else 0,
             derived=frozenset({"gradients", "optimizer", "activations"}),
         )
         note = self._activations.note
@@ -239,13 +245,14 @@ class MemoryMeter:
             return measured_nbytes(self._optimizers), False
         return derived_nbytes((p, owner) for p, owner in known.items() if p.requires_grad), True
 
-    def _restore_step(self) -> None:
-        vars(self._module).pop("training_step", None)
+    def restore_step(self, attributes: dict[str, Any]) -> None:
+        """Takes itself off ``attributes``, those of the module or of a copy."""
+        attributes.pop("training_step", None)
         if self._own_step is not None:
-            vars(self._module)["training_step"] = self._own_step
+            attributes["training_step"] = self._own_step
 
     def _first_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._restore_step()
+        self.restore_step(vars(self._module))
         self._activations, output = watch_step(self._module, len(self._optimizers), args, kwargs)
         if self._stepped:  # in manual optimization, by now
             self.report = self._read()
@@ -263,8 +270,14 @@ def _scales(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _standing_gradient(module: nn.Module) -> int:
-    """Bytes of the largest gradient of a weight that stands until it is projected."""
-    return max((nbytes([place.weight]) for place in places(module) if isinstance(place.host, ParameterHost)), default=0)
+    """Bytes of the largest gradient of a weight that stands until it is projected, of a sharded one the whole."""
+    by_parameter = (place.weight for place in places(module) if isinstance(place.host, ParameterHost))
+    return max((_whole_nbytes([weight]) for weight in by_parameter), default=0)
+
+
+def _whole_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of ``tensors``, with the parts that other processes hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _peak(device: torch.device) -> int | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora import shards
 from lightning_lora.activations import nbytes, plain_tensors
 
 Owner = tuple[Optimizer, Mapping[str, Any]]
@@ -31,6 +32,17 @@ def owners(optimizers: Iterable[Optimizer]) -> dict[Tensor, Owner]:
     return {
         p: (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
     }
+
+
+def makes_states(optimizer: Optimizer) -> bool:
+    """Whether a step of an ``optimizer`` of sharded parameters is none, but how torch makes states to save or to load.
+
+    All learning rates are zero then, and all gradients. All processes ask this together.
+    """
+    if any(group.get("lr", 0) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+    return not shards.any_element(gradient for gradient in gradients if gradient is not None)
 
 
 def measured_nbytes(optimizers: Iterable[Optimizer]) -> int:

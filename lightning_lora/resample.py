@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -48,26 +49,29 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
 
     which is A_new times the smallest G^T that A takes to M, and likewise for A with B. Flora (Hao et al., 2024) has
     A_new A^T M, which is n/r times as large. Second moments are replaced by their mean over the r rows: the rows are
-    drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten.
+    drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten (:func:`forget`).
     """
-    A, B = adapter.A.detach().clone(), adapter.B.detach().clone()
-    adapter.drawn_at = adapter.steps
-    adapter.draw()
-    for factor, old, new in ((adapter.A, B, adapter.B), (adapter.B, A, adapter.A)):
-        if factor not in optimizer.state:
-            continue
-        if moments == "reset":
-            _forget(optimizer, factor)
-        elif moments == "transfer":
+    with shards.gathered(adapter) as whole:
+        A, B = whole.A.detach().clone(), whole.B.detach().clone()
+        whole.drawn_at = whole.steps
+        whole.draw()
+    for factor, old, new in ((adapter.A, B, whole.B), (adapter.B, A, whole.A)):
+        if moments == "transfer" and factor in optimizer.state:
             with torch.autocast(factor.device.type, enabled=False):  # which is on in a manual optimization's step
                 _transfer(optimizer.state[factor], old, new)
 
 
-def _forget(optimizer: Optimizer, factor: nn.Parameter) -> None:
-    """Leaves the state that a new optimizer has: none, but for Adagrad, which fills it at once."""
-    del optimizer.state[factor]
-    if isinstance(optimizer, Adagrad):
-        optimizer.state.update(Adagrad([factor], **optimizer.defaults).state)
+def forget(adapter: Adapter, optimizer: Optimizer) -> None:
+    """Before the first step after a draw: forgets what the ``optimizer`` keeps for the factors that were drawn.
+
+    Not at the draw itself: a folder of parts that is saved in between needs the states of all that is trained. What is
+    left is what a new optimizer has: nothing, but for Adagrad, which fills its state at once.
+    """
+    if adapter.steps == adapter.drawn_at:
+        for factor in (adapter.A, adapter.B):
+            optimizer.state.pop(factor, None)
+            if isinstance(optimizer, Adagrad):
+                optimizer.state.update(Adagrad([factor], **optimizer.defaults).state)
 
 
 def _transfer(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
@@ -75,7 +79,9 @@ def _transfer(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
     old, new = old.to(dtype), new.to(dtype)
     for name in FIRST_MOMENTS:
         if (moment := state.get(name)) is not None:
-            moment.copy_(new @ torch.linalg.pinv(old, rtol=SMALLEST) @ moment.to(dtype))
+            carried = new @ torch.linalg.pinv(old, rtol=SMALLEST) @ shards.whole(moment).to(dtype)
+            shards.write(moment, carried)
     for name in SECOND_MOMENTS:
         if (moment := state.get(name)) is not None:
-            moment.copy_(moment.mean(-2, keepdim=True).expand_as(moment))
+            mean = shards.whole(moment).mean(-2, keepdim=True)
+            shards.write(moment, mean.expand(moment.shape))

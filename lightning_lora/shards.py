@@ -1,15 +1,21 @@
 """Parameters of which every process holds a part, as FSDP2's ``fully_shard`` leaves them.
 
-All that is done here is done by all processes together, in the same order.
+All that is done here is done by all processes together, in the same order. Whole tensors are left as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_lora.adapters import Adapter
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -25,6 +31,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 def is_part(tensor: Tensor) -> bool:
     """Whether ``tensor`` is spread over processes."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -33,6 +41,70 @@ def is_part(tensor: Tensor) -> bool:
 def part(tensor: Tensor) -> Tensor | None:
     """What this process holds of ``tensor``; None if that is all."""
     return tensor.detach().to_local() if is_part(tensor) else None  # type: ignore[attr-defined]
+
+
+def rows(tensor: Tensor) -> slice | None:
+    """Which rows of ``tensor``, along its first dimension, this process holds; None if it is not divided by rows."""
+    spread: Any = tensor
+    return _rows(spread.shape[0], spread.device_mesh, spread.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` with the parts of all processes, a copy; itself if it is whole."""
+    if not is_part(tensor):
+        return tensor
+    held: Any = tensor.detach()  # which may have been moved to the CPU, where its processes do not meet
+    return held.to(held.device_mesh.device_type).full_tensor().to(tensor.device, copy=True)
+
+
+@torch.no_grad()
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Writes ``value``, whole and the same everywhere, into ``tensor``, of which each process keeps its part."""
+    tensor.copy_(_own(value.to(tensor.device, tensor.dtype), tensor) if is_part(tensor) else value)
+
+
+def whole_adapter(adapter: Adapter) -> Adapter:
+    """``adapter`` with whole tensors: copies of those that are spread, and its own buffers, which are not."""
+    if not is_part(adapter.A):
+        return adapter
+    return adapter.with_tensors({name: whole(tensor) for name, tensor in adapter.state_dict().items()})
+
+
+@contextmanager
+def gathered(adapter: Adapter) -> Iterator[Adapter]:
+    """``adapter`` with whole tensors. What it is in the end, each process keeps its part of."""
+    copy = whole_adapter(adapter)
+    yield copy
+    if copy is not adapter:
+        adapter.steps, adapter.drawn_at = copy.steps, copy.drawn_at
+        for name, tensor in adapter.state_dict().items():
+            write(tensor, copy.state_dict()[name])
+
+
+def follow(adapter: Adapter, weight: Tensor, A: Tensor, B: Tensor) -> None:
+    """:meth:`Adapter.follow` where adapter and weight may be spread; the factors before, ``A`` and ``B``, are whole.
+
+    Where the increment of some rows can be computed alone, each process adds it to the rows that it holds. Elsewhere
+    the weight is gathered too.
+    """
+    copy = whole_adapter(adapter)
+    if not is_part(weight):
+        copy.follow(weight, A, B)
+    elif copy.has_rows and (own := rows(weight)) is not None:
+        copy.follow(weight.detach().to_local(), A, B, rows=own)  # type: ignore[attr-defined]
+    else:
+        value = whole(weight)
+        copy.follow(value, A, B)
+        write(weight, value)
+    adapter.lost = copy.lost
+
+
+def any_element(tensors: Iterable[Tensor]) -> bool:
+    """Whether any element of ``tensors`` is not zero, in any process."""
+    found = [bool((tensor if (own := part(tensor)) is None else own).any()) for tensor in tensors]
+    anywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(anywhere, any(found))
+    return any(anywhere)
 
 
 def reshard(module: nn.Module) -> None:
@@ -47,34 +119,54 @@ def reshard(module: nn.Module) -> None:
 
 
 class Whole(MutableMapping[str, Tensor]):
-    """A state of sharded tensors, whole for who reads or writes it: one at a time is gathered, to the CPU."""
+    """A state of sharded tensors, whole for who reads or writes it: one at a time is gathered, to the CPU.
 
-    def __init__(self, parts: Mapping[str, Tensor]) -> None:
-        self._parts = dict(parts)
+    Args:
+        parts: The state.
+        in_place: Whether what is written goes into the tensors of ``parts``, instead of taking their place.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor], in_place: bool = False) -> None:
+        self.parts = dict(parts)
+        self._in_place = in_place
 
     def __getitem__(self, key: str) -> Tensor:
-        part = self._parts[key].detach()
-        return (part.full_tensor() if is_part(part) else part).cpu()  # type: ignore[attr-defined]
+        return whole(self.parts[key].detach()).cpu()
 
-    @torch.no_grad()
     def __setitem__(self, key: str, value: Tensor) -> None:
-        """Into the tensor that is there."""
-        part = self._parts[key]
-        value = value.to(part.device, part.dtype)
-        if is_part(part):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, part.device_mesh, part.placements)  # type: ignore[attr-defined]
-        part.copy_(value)
+        held = self.parts[key]
+        target = held if self._in_place else torch.empty_like(held)
+        write(target, value)
+        self.parts[key] = target
 
     def __contains__(self, key: object) -> bool:
-        return key in self._parts
+        return key in self.parts
 
     def __delitem__(self, key: str) -> None:
-        del self._parts[key]
+        del self.parts[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        return iter(self.parts)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self.parts)
+
+
+@functools.cache
+def _rows(length: int, mesh: Any, placements: tuple[Any, ...]) -> slice | None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if any(placement not in (Replicate(), Shard(0)) for placement in placements):
+        return None
+    everywhere = DTensor.from_local(torch.arange(length), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    held = everywhere.redistribute(placements=placements).to_local().tolist()
+    return slice(held[0], held[-1] + 1) if held else slice(length, length)
+
+
+def _own(value: Tensor, like: Any) -> Any:
+    """``value`` as ``like`` is spread; nothing is sent, since every process has all of it."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(value.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements).to(like.device)

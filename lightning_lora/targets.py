@@ -23,6 +23,7 @@ from lightning_lora.hosts import (
     stacks,
     storage_of,
 )
+from lightning_lora.names import plain_name
 from lightning_lora.options import Options, Rule, matches, matches_pattern, matches_suffix, nearest
 
 
@@ -69,12 +70,12 @@ def resolve(root: nn.Module, options: Options) -> Targets:
         MisconfigurationException: If a target cannot carry an adapter as it is: adapted already, tied, not
             materialised, sharded, quantised, parametrized.
     """
-    modules = {name: module for name, module in root.named_modules() if name}
+    # of a wrapper and what it wraps, the latter: it comes later
+    modules = {name: module for path, module in root.named_modules() if (name := plain_name(path))}
+    parameters = [plain_name(path) for path, _ in root.named_parameters()]
     for option in ("target_modules", "exclude_modules", "modules_to_save"):
         _check_that_all_match(option, getattr(options, option), "module", modules)
-    _check_that_all_match(
-        "target_parameters", options.target_parameters, "parameter", [name for name, _ in root.named_parameters()]
-    )
+    _check_that_all_match("target_parameters", options.target_parameters, "parameter", parameters)
 
     found = [*_layers(root, options, modules), *_parameters(root, options)]
     dropped = [
@@ -129,10 +130,10 @@ def _layers(root: nn.Module, options: Options, modules: dict[str, nn.Module]) ->
 
 def _parameters(root: nn.Module, options: Options) -> Iterable[Target]:
     """What ``target_parameters`` names."""
-    for name, parameter in root.named_parameters():
-        if matches(name, options.target_parameters):
+    for path, parameter in root.named_parameters():
+        if matches(name := plain_name(path), options.target_parameters):
             owner, _, key = name.rpartition(".")
-            module = root.get_submodule(owner)
+            module = root.get_submodule(path.rpartition(".")[0])
             if parameter.dim() < 2:
                 raise ValueError(
                     f"`target_parameters` names {name!r} of the shape {tuple(parameter.shape)}: a low-rank increment"
@@ -187,7 +188,7 @@ def _check_layer(name: str, module: nn.Module, gradient: str) -> None:
     if isinstance(module, Host):
         raise MisconfigurationException(f"{name!r} has an adapter already. `merge` the module before injecting again.")
     if not is_supported(module):
-        below = [inner for inner, child in module.named_modules(prefix=name) if is_supported(child)]
+        below = [plain_name(path) for path, child in module.named_modules(prefix=name) if is_supported(child)]
         hint = f" Inside it there is {', '.join(below[:8])}." if below else ""
         raise ValueError(f"`target_modules` names {name!r}, a {kind}. Adapters go into {SUPPORTED}.{hint}")
     if not isinstance(module, nn.Embedding):
@@ -290,7 +291,7 @@ def _owners(root: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
     for prefix, module in root.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(parameter, []).append((prefix, module, key))
+                owners.setdefault(parameter, []).append((plain_name(prefix), module, key))
     return owners
 
 
@@ -321,8 +322,8 @@ def _trained_besides(root: nn.Module, options: Options, found: list[Target]) -> 
     owners = {target.owner for target in found}
     adapted = {target.weight for target in found}
 
-    def is_trained(name: str) -> bool:
-        owner, _, key = name.rpartition(".")
+    def is_trained(path: str) -> bool:
+        owner, _, key = plain_name(path).rpartition(".")
         if _inside(owner, options.modules_to_save):
             return True
         is_bias = key == "bias" or key.startswith("bias_") or key.endswith("_bias")

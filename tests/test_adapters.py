@@ -257,3 +257,37 @@ def test_a_float64_weight_is_merged_in_float64():
     adapter, weight = random_adapter(), torch.randn(5, 6, dtype=torch.float64)
     delta = adapter.B.detach().double().T @ adapter.A.detach().double()
     torch.testing.assert_close(adapter.folded_into(weight), weight + delta, rtol=1e-15, atol=1e-15)
+
+
+# ------------------------------------------------------------------------------------------------- rows of a weight
+
+SHAPES = {"a matrix": (5, 6), "a filter": (5, 2, 3), "a stack": (5, 4, 6), "a transposed one": (6, 5)}
+
+
+def moved(kind):
+    """An adapter whose factors have taken a step, the factors before, and a weight that holds their increment."""
+    torch.manual_seed(0)
+    shape, stack = SHAPES[kind], (5,) if kind == "a stack" else ()
+    A, B, A_next, B_next = (torch.randn(*stack, 2, side) for side in (6, 4 if stack else 5) * 2)
+    adapter = Adapter(A_next, B_next, shape, 1.5, transposed=kind == "a transposed one", key="0/layer", holds=True)
+    return adapter, A, B, torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_rows_of_a_weight_follow_by_themselves_as_they_do_in_the_whole(kind):
+    adapter, A, B, weight = moved(kind)
+    parts = [weight[rows].clone() for rows in (slice(0, 3), slice(3, None), slice(len(weight), len(weight)))]
+    adapter.follow(weight, A, B)
+    for part, rows in zip(parts, (slice(0, 3), slice(3, len(weight)), slice(len(weight), len(weight))), strict=True):
+        adapter.follow(part, A, B, rows)
+    torch.testing.assert_close(torch.cat(parts), weight, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_are_rounded_by_draws_of_their_own():
+    A, B = torch.randn(2, 6), torch.randn(2, 1).repeat(1, 800)  # all rows move alike
+    adapter = Adapter(A + 0.01, B + 0.01, key="0/layer", holds=True)
+    first, again, other = (torch.ones(400, 6, dtype=torch.bfloat16) for _ in range(3))
+    for part, rows in ((first, slice(0, 400)), (again, slice(0, 400)), (other, slice(400, 800))):
+        adapter.follow(part, A, B, rows)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

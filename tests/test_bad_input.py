@@ -420,7 +420,7 @@ MALFORMED = {
     "no base": (lambda entry: entry.pop("base"), "`base`"),
     "an unknown form": (
         lambda entry: entry.update(form="both"),
-        "must be one of 'merged', 'adapter', 'sharded', got 'both'",
+        "must be one of 'merged', 'adapter', got 'both'",
     ),
     "trained is text": (lambda entry: entry.update(trained="x"), "`trained`"),
     "trained holds lists": (lambda entry: entry.update(trained=[["x"]]), "`trained`"),

@@ -668,3 +668,25 @@ def test_a_stack_of_matrices_has_one_adapter_for_each():
     assert adapter.A.shape == (3, 2, 6)
     assert adapter.B.shape == (3, 2, 10)
     assert adapter.delta_weight().shape == (3, 10, 6)
+
+
+IN_PLACE = {
+    "a Linear of rows": (lambda: nn.Linear(4, 4), torch.randn(3, 4, dtype=torch.float64)),
+    "a Linear of sequences": (lambda: nn.Linear(4, 4), torch.randn(2, 3, 4, dtype=torch.float64)),
+    "a convolution": (lambda: nn.Conv1d(4, 4, 1), torch.randn(2, 4, 5, dtype=torch.float64)),
+    "an Embedding": (lambda: nn.Embedding(5, 4), torch.tensor([[1, 2], [0, 1]])),
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("layer", IN_PLACE)
+def test_what_follows_an_adapted_layer_may_work_in_place(layer, gradient):
+    def gradients(inplace):
+        torch.manual_seed(0)
+        make, x = IN_PLACE[layer]
+        module = nn.Sequential(make(), nn.ReLU(inplace)).double()
+        inject(module, rank=2, target_modules=["0"], init="symmetric", gradient=gradient, adapter_dtype="float64")
+        module(x).square().sum().backward()
+        return [p.grad for p in adapters(module)["0"].trained.values()]
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))

@@ -736,3 +736,29 @@ def test_what_one_module_was_trained_to_is_not_saved_with_another(form, tmp_path
     run.validate(first, data(), verbose=False)
     run.save_checkpoint(tmp_path / "first.ckpt")
     assert "lightning_lora" in read(tmp_path / "first.ckpt")
+
+
+class OwnParameter(Net):
+    """A parameter of the LightningModule itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return super().forward(x @ self.first)
+
+
+def test_a_parameter_of_the_lightning_module_itself_is_adapted_and_the_module_is_itself_after(tmp_path):
+    model = OwnParameter()
+    before, first = structure(model), model.first.detach().clone()
+    lora = LoRA(rank=2, target_modules=["layers.0"], target_parameters=["first"])
+    run = trainer(tmp_path, lora)
+    run.fit(model, data())
+    assert structure(model) == before
+    assert not torch.equal(model.first, first)
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    assert torch.load(tmp_path / "after.ckpt", weights_only=True)["lightning_lora"]["adapters"].keys() == {
+        "first",
+        "layers.0",
+    }

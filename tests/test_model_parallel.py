@@ -1,20 +1,21 @@
 """FSDP2 by Lightning's ModelParallelStrategy, in two real processes on the CPU."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from model_parallel import RUNS, Net, train
+from model_parallel import ELSEWHERE, FREE, ROUNDED, RUNS, Net, Watch, fit, net, train
 from models import digest
 from test_checkpoint import printed_by_a_new_process
 from torch import nn
 
 from lightning_lora.callback import _refuse_unsupported
-from lightning_lora.checkpoint import as_merged
 from lightning_lora.hosts import Host, swap, unswap
 
 HERE = Path(__file__).parent
@@ -41,14 +42,15 @@ def run(request, processes, tmp_path_factory):
     return request.param, [process[request.param] for process in processes], watch, model, trainer
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+def close(actual, expected, name=""):
+    rtol, atol = (2e-2, 3e-2) if name in ROUNDED else (0, 1e-6)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def test_two_processes_that_share_the_parameters_have_the_losses_of_one(run):
-    _, seen, watch, *_ = run
+    name, seen, watch, *_ = run
     means = torch.tensor([process["losses"] for process in seen], dtype=torch.float64).mean(0)
-    close(means, torch.tensor(watch.losses, dtype=torch.float64))
+    close(means, torch.tensor(watch.losses, dtype=torch.float64), name)
     assert len(set(watch.losses)) == len(watch.losses) == 6
     assert seen[0]["val_loss"] == seen[1]["val_loss"]
 
@@ -56,25 +58,47 @@ def test_two_processes_that_share_the_parameters_have_the_losses_of_one(run):
 def test_only_what_is_trained_has_gradients_and_optimizer_state(run, processes):
     name, seen, watch, *_ = run
     for process in seen:
-        assert process["with_gradients"] == process["trained"] == watch.trained
-    assert all(process[f"resumed-{name}-full"]["with_state"] == watch.trained for process in processes)
-    assert all(".lora." in name or name.startswith("head.") for name in watch.trained)
+        assert process["with_gradients"] == sorted(process["trained"])
+        assert process["trained"] == watch.trained
+    assert all(process[f"resumed-{name}-whole"]["with_state"] == sorted(watch.trained) for process in processes)
+    assert all(".lora." in key or key.startswith(("lora.", "head.")) for key in watch.trained)
 
 
-def test_the_frozen_weights_keep_every_bit(run):
-    _, seen, *_ = run
-    fresh = {name: digest(Net().get_submodule(name).weight.detach()) for name in ADAPTED}
-    assert seen[0]["W0"] == seen[1]["W0"] == {name: fresh[name] for name in seen[0]["W0"]}
+def padded(shapes):
+    """Elements of parameters of these shapes, as two processes divide them by rows."""
+    return sum((shape[0] + 1) // 2 * 2 * math.prod(shape[1:]) for shape in shapes)
+
+
+def test_only_the_gradients_of_what_is_trained_are_reduced(run):
+    _, seen, watch, *_ = run
+    assert [process["reduced"] for process in seen] == [padded(watch.trained.values())] * 2
+
+
+def test_a_step_gathers_the_factors_and_no_weight(processes):
+    for process in processes:
+        assert process["zero"]["gathered"] == 0
+        for name in ("merged", "projected"):
+            trained = process[name]["trained"]
+            factors = [shape for key, shape in trained.items() if not key.startswith("head.")]
+            assert process[name]["gathered"] == padded(factors) / 2
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_frozen_weights_keep_every_bit(name, processes):
+    fresh = {layer: digest(Net().get_submodule(layer).weight.detach()) for layer in ADAPTED}
+    for process in processes:
+        assert process[name]["W0"] == fresh
 
 
 @pytest.mark.parametrize("suffix", ["", "-weights"])
-def test_the_file_is_that_of_the_plain_model_and_equals_the_one_process_file(suffix, run, folder, tmp_path):
+def test_the_file_is_that_of_the_plain_model_and_equals_the_one_process_file(suffix, run, folder):
     name, _, _, model, _ = run
     state = torch.load(folder / f"{name}{suffix}.ckpt", weights_only=True)["state_dict"]
     assert list(state) == list(Net().state_dict())
     Net().load_state_dict(state)
     for key, weight in model.state_dict().items():
-        close(state[key], weight)
+        assert state[key].dtype == weight.dtype
+        close(state[key], weight, name)
 
 
 OUTSIDER = """
@@ -84,7 +108,11 @@ import torch
 from torch import nn
 state = torch.load(sys.argv[1], weights_only=True)["state_dict"]
 layers = {"embed": nn.Embedding(11, 7), "conv": nn.Conv1d(7, 9, 3), "norm": nn.GroupNorm(3, 9)}
-print(nn.ModuleDict({**layers, "linear": nn.Linear(9, 5), "head": nn.Linear(5, 3)}).load_state_dict(state))
+layers |= {"attention": nn.MultiheadAttention(9, 3), "rnn": nn.LSTM(9, 9)}
+layers |= {"linear": nn.Linear(9, 5), "head": nn.Linear(5, 3)}
+plain = nn.ModuleDict(layers)
+plain.register_parameter("experts", nn.Parameter(torch.empty(3, 5, 9)))
+print(plain.load_state_dict(state))
 """
 
 
@@ -92,24 +120,34 @@ def test_a_process_without_the_library_loads_the_file_strictly(folder):
     assert printed_by_a_new_process("-c", OUTSIDER, str(folder / "dora.ckpt")) == ["<All keys matched successfully>"]
 
 
-def test_merge_makes_the_sharded_module_plain_with_the_weights_of_the_file(run, folder):
-    name, seen, *_ = run
-    state = torch.load(folder / f"{name}.ckpt", weights_only=True)["state_dict"]
-    for process in seen:
-        assert {key: torch.tensor(value).tolist() for key, value in process["merged"].items()} == {
-            key: value.tolist() for key, value in state.items()
-        }
-        assert process["hosts"] == []
-        assert process["kinds"] == [True] * 4
-        assert {process["classes"][name] for name in ("", "conv", "linear")} == {"FSDPNet", "FSDPConv1d", "FSDPLinear"}
-        assert process["classes"]["embed"] == "Embedding"
+def test_merge_makes_the_sharded_module_plain_with_the_weights_of_the_file(folder, processes):
+    for name in RUNS:
+        state = torch.load(folder / f"{name}.ckpt", weights_only=True)["state_dict"]
+        for seen in (process[name] for process in processes if "merged" in process[name]):
+            assert seen["merged"] == {key: value.tolist() for key, value in state.items()}
+            assert seen["hosts"] == []
+            assert seen["kinds"] == [True] * 4
+            assert {seen["classes"][key] for key in ("", "conv", "linear")} == {"FSDPNet", "FSDPConv1d", "FSDPLinear"}
+            assert seen["classes"]["embed"] == "Embedding"
+    assert "merged" in processes[1]["dora"]
 
 
 def test_the_module_stays_adapted_after_fit_until_merge(processes):
     assert processes[0]["adapted after fit"] == ADAPTED
 
 
-@pytest.mark.parametrize("kind", ["full", "sharded"])
+@pytest.mark.parametrize("name", ["zero", "merged", "A"])
+def test_a_second_fit_goes_on_where_the_first_ended(name, processes, tmp_path):
+    """In one process, adapters are new then; the function is the same, and the first loss."""
+    _, model, _ = train(tmp_path, name, devices=1)
+    again = Watch()
+    fit(tmp_path, model, RUNS[name], again, devices=1)
+    seen = torch.tensor([process[f"{name}, second fit"] for process in processes])
+    close(seen.mean(0)[0], torch.tensor(again.losses[0]))
+    assert seen.mean(0)[-3:].mean() < torch.tensor(processes[0][name]["losses"][:3]).mean()
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_resumes_has_the_bits_of_the_uninterrupted_one(name, kind, processes):
     for process in processes:
@@ -119,27 +157,86 @@ def test_a_run_that_resumes_has_the_bits_of_the_uninterrupted_one(name, kind, pr
         assert seen["warned"] == []
 
 
+def test_both_kinds_of_checkpoint_are_evaluated_by_the_plain_module_without_the_callback(processes):
+    for name in ("zero", "projected"):
+        whole, sharded = (processes[0][f"validated-{name}-{kind}"] for kind in ("whole", "sharded"))
+        assert whole == sharded
+
+
 def test_on_other_weights_w0_is_recovered_with_a_warning_or_refused(processes):
-    expected = processes[0]["resumed-zero-full"]["losses"][0]
-    close(torch.tensor(processes[0]["other weights"]["losses"]), torch.tensor(expected))
+    expected = processes[0]["resumed-zero-whole"]["losses"][0]
+    assert processes[0]["other weights"]["losses"] == pytest.approx(expected, abs=1e-3)
     assert len(processes[0]["other weights"]["warned"]) == 1
     assert "exact_resume=True" in processes[0]["refused"]["exact"]
 
 
-@pytest.mark.parametrize("name", ["pissa", "dora"])
-def test_a_sharded_file_is_consolidated_and_then_merged(name, folder, tmp_path):
-    sharded, consolidated = folder / f"{name}-sharded-epoch=0.ckpt", tmp_path / "consolidated.ckpt"
-    tool = [sys.executable, "-m", "lightning.fabric.utilities.consolidate_checkpoint", str(sharded)]
-    subprocess.run([*tool, "--output_file", str(consolidated)], check=True, timeout=120)
-    checkpoint = torch.load(consolidated, weights_only=True)
-    assert "linear.lora.A" in checkpoint["state_dict"]
-    merged = as_merged(checkpoint)
-    whole = torch.load(folder / f"{name}-full-epoch=0.ckpt", weights_only=True)
-    assert sorted(merged["state_dict"]) == sorted(whole["state_dict"])
-    assert digest(dict(sorted(merged["state_dict"].items()))) == digest(dict(sorted(whole["state_dict"].items())))
-    assert merged["lightning_lora"]["base"] == whole["lightning_lora"]["base"]
-    with pytest.raises(ValueError, match="not sharded"):
-        as_merged(merged)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_folder_holds_the_plain_model_with_merged_weights(name, folder):
+    consolidated = _load_distributed_checkpoint(folder / f"{name}-AdamW-sharded.ckpt")
+    whole = torch.load(folder / f"{name}-AdamW-whole.ckpt", weights_only=True)
+    assert sorted(consolidated["state_dict"]) == sorted(whole["state_dict"])
+    for key in ("state_dict", "lightning_lora"):
+        assert digest(dict(sorted(consolidated[key].items()))) == digest(dict(sorted(whole[key].items())))
+
+
+def test_lightning_consolidates_a_folder_to_a_file_that_needs_nothing_more(folder, tmp_path):
+    file = tmp_path / "consolidated.ckpt"
+    tool = ["lightning.fabric.utilities.consolidate_checkpoint", str(folder / "dora-AdamW-sharded.ckpt")]
+    subprocess.run([sys.executable, "-m", *tool, "--output_file", str(file)], check=True, timeout=120)
+    assert printed_by_a_new_process("-c", OUTSIDER, str(file)) == ["<All keys matched successfully>"]
+    assert isinstance(Net.load_from_checkpoint(file), Net)
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def elsewhere(request, folder):
+    """What another number of processes makes of the folders that two have saved."""
+    devices = request.param
+    printed_by_a_new_process("-W", "ignore", str(HERE / "model_parallel.py"), str(folder), str(devices))
+    return [json.loads((folder / f"elsewhere-{devices}-{rank}.json").read_text()) for rank in range(devices)]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_another_number_of_processes_resumes_a_folder(name, elsewhere, processes):
+    through = torch.tensor([process[name]["losses"] for process in processes]).mean(0)
+    resumed = torch.tensor([process[name]["losses"] for process in elsewhere]).mean(0)
+    close(resumed, through[3:])
+    assert all(process[name]["merged"] == elsewhere[0][name]["merged"] for process in elsewhere)
+
+
+@pytest.mark.parametrize("name", ["zero", "merged", "projected", "A"])
+def test_the_memory_of_a_process_is_that_of_its_parts(name, processes, tmp_path):
+    """Against one process on the batches of one of two: the same activations, about half of all else."""
+    watch = Watch()
+    fit(tmp_path, net(name), RUNS[name], watch, devices=1, batch=2)
+    for process in processes:
+        for side, alone in (("lora", watch.memory["lora"]), ("full", watch.memory["full"])):
+            seen = process[name]["memory"][side]
+            assert seen["activations"] == pytest.approx(alone["activations"], rel=0.06)
+            assert all(alone[part] / 3 <= seen[part] <= alone[part] * 0.8 for part in ("parameters", "gradients"))
+            assert alone["optimizer"] / 3 <= seen["optimizer"] <= alone["optimizer"] * 0.8
+        assert process[name]["memory"]["lora"]["activations"] == watch.memory["lora"]["activations"] or "proj" in name
+        trained = sum(map(math.prod, watch.trained.values()))
+        assert process[name]["memory"]["lora"]["communicated"] == 4 * trained
+        assert "FSDP2 does not let its modules be copied" in process[name]["memory"]["notes"][0]
+
+
+def test_a_step_by_which_torch_makes_states_is_none(processes):
+    for process in processes:
+        without, saved = process["saved at the start"]
+        assert without == saved
+
+
+def test_what_nearest_rounding_would_have_lost_is_logged(processes):
+    logged = [process["merged, bf16-true"]["logged"] for process in processes]
+    assert logged[0] == logged[1] != []
+    assert all(0 < share < 1 for share in logged[0])
+
+
+@pytest.mark.parametrize("name", ["zero, policy", "merged, bf16-true"])
+def test_adapters_keep_their_dtype_in_mixed_and_in_half_precision(name, processes):
+    dtypes = processes[0][name]["dtypes"]
+    assert dtypes["linear.lora.A"] == "torch.float32"
+    assert dtypes["linear.weight"] == ("torch.float32" if "policy" in name else "torch.bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -149,10 +246,8 @@ def test_a_sharded_file_is_consolidated_and_then_merged(name, folder, tmp_path):
         "sharded first": "is sharded already",
         "forgotten": "is not sharded, so each process would train one of its own",
         "other options": "Give both the same",
-        "merged": "use `gradient='factored'`",
         "gradient": "Use another `init`",
         "adapter": "Use `checkpoint='merged'`",
-        "parameters": "'head' would hold its increment",
     }.items(),
 )
 def test_what_cannot_be_sharded_is_refused_by_name(case, says, processes):

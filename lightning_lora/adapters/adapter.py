@@ -52,6 +52,8 @@ class Adapter(nn.Module):
     """Whether A and B project, so that they can be drawn anew."""
     rescales: ClassVar[bool] = False
     """Whether :meth:`gain` gives a factor for each output."""
+    per_output: ClassVar[tuple[str, ...]] = ()
+    """Names of further tensors that every checkpoint has, with one entry for each output: (m,) or (k, m)."""
 
     def __init_subclass__(cls, decomposition: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,7 +83,7 @@ class Adapter(nn.Module):
         self.register_parameter("B0", None)
         sides = (A.shape[-1], B.shape[-1]) if transposed else (B.shape[-1], A.shape[-1])
         self.shape = (*A.shape[:-2], *sides) if shape is None else tuple(shape)
-        self.scale = scale
+        self._scale = repr(float(scale))
         self.dropout = dropout
         self.transposed = transposed
         self.zero = tuple(zero)
@@ -201,6 +203,15 @@ class Adapter(nn.Module):
         return {name: p for name, p in self.named_parameters() if name not in self.fixed}
 
     @property
+    def scale(self) -> float:
+        """What the product is multiplied with.
+
+        Kept as text: with ``dynamic=True`` the compiler takes a float for what may change, and fails where a weight is
+        read twice, as that of an attention is.
+        """
+        return float(self._scale)
+
+    @property
     def rank(self) -> int:
         """r, the number of rows of A and B."""
         return self.A.shape[-2]
@@ -298,24 +309,41 @@ class Adapter(nn.Module):
         return tuple(factor.detach().clone() for factor in self.factors())
 
     @torch.no_grad()
-    def follow(self, weight: Tensor, A: Tensor, B: Tensor) -> None:
+    def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
         """Takes ``weight``, which holds the increment of ``A`` and ``B``, to that of the factors as they are now.
 
         A weight below float32 would lose every update smaller than half an ulp: it is rounded stochastically, by draws
-        that depend on ``key`` and the new values of what is trained alone.
+        that depend on ``key`` and the new values of what is trained alone; and on ``rows``, if given, which are those
+        of the whole weight that ``weight`` is.
         """
         after = self.factors()
         if not torch.equal(A, after[0]) or not torch.equal(B, after[1]):
             dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
             work = weight if weight.dtype == dtype and weight.is_contiguous() else weight.to(dtype).contiguous()
+            factors = (*self.of_rows(rows, A, B), *self.of_rows(rows, *after))
             with torch.autocast(weight.device.type, enabled=False):  # which is on in a manual optimization's step
-                self.add_step(self.as_matrix(work), *(factor.to(dtype) for factor in (A, B, *after)))
+                self.add_step(self.as_matrix(work), *(factor.to(dtype) for factor in factors))
             if work is not weight:
-                self._write(weight, work)
+                self._write(weight, work, rows)
 
-    def _write(self, weight: Tensor, value: Tensor) -> None:
+    @property
+    def has_rows(self) -> bool:
+        """Whether :meth:`follow` can take some rows of a weight, for which it takes these rows' factors alone."""
+        kind = type(self)
+        return kind.follow is Adapter.follow and kind.add_step is Adapter.add_step
+
+    def of_rows(self, rows: slice | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of ``rows`` of the weight, as it is stored: of outputs, of inputs, or of a stack's matrices."""
+        if rows is None:
+            return A, B
+        if A.dim() == 3:
+            return A[rows], B[rows]
+        return (A[:, rows], B) if self.transposed else (A, B[:, rows])
+
+    def _write(self, weight: Tensor, value: Tensor, rows: slice | None = None) -> None:
         if weight.dtype.itemsize < 4:
-            generator = draws.generator(self.key, *(draws.digest(p) for p in self.trained.values()))
+            first = () if rows is None else (str(rows.start),)
+            generator = draws.generator(self.key, *first, *(draws.digest(p) for p in self.trained.values()))
             if self.resample is not None:
                 moved = value != weight
                 self.lost = (moved & (value.to(weight.dtype) == weight)).sum() / moved.sum().clamp_min(1)

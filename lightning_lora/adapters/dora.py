@@ -20,6 +20,7 @@ class DoRA(Adapter, decomposition="dora"):
 
     has_projections: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
+    per_output: ClassVar[tuple[str, ...]] = ("magnitude", "held_gain")
 
     magnitude: nn.Parameter
     held_gain: Tensor
@@ -69,7 +70,7 @@ class DoRA(Adapter, decomposition="dora"):
         return base, 2 * _bound(weight, base, delta.dtype) / smallest
 
     @torch.no_grad()
-    def follow(self, weight: Tensor, A: Tensor, B: Tensor) -> None:
+    def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
         """V is the weight over the gain that it holds; with V' a step on, the weight is V' times the new gain."""
         dtype = torch.promote_types(self.held_gain.dtype, weight.dtype)
         V = (weight.to(dtype) / self.by_rows(self.held_gain)).contiguous()
@@ -82,7 +83,7 @@ class DoRA(Adapter, decomposition="dora"):
     def without_increment(self, weight: Tensor) -> dict[str, Tensor]:
         norms = torch.linalg.vector_norm(self.as_matrix(weight).to(self.magnitude.dtype), dim=-1)
         state = {**super().without_increment(weight), "magnitude": norms}
-        return {**state, "held_gain": torch.ones_like(norms)} if self.holds else state
+        return {**state, "held_gain": torch.ones_like(self.held_gain)} if self.holds else state
 
     def state(self, weight: Tensor) -> dict[str, Any]:
         state = super().state(weight)

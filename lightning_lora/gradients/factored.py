@@ -93,7 +93,7 @@ class _Linear(torch.autograd.Function):
         y.view(-1, y.shape[-1]).addmm_(z.T, B)
         ctx.save_for_backward(x, weight, A, B, mask, z)
         ctx.s = s
-        return y
+        return y.detach()  # no view, as F.linear may give, on which autograd would allow nothing in place
 
     @staticmethod
     @without_autocast

@@ -1,4 +1,4 @@
-"""When ``torch.func`` differentiates or batches."""
+"""When ``torch.func`` differentiates or batches, or ``torch.jit.trace`` writes down what is computed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import torch
 
 
 def is_transformed() -> bool:
-    """Whether a call is inside ``torch.func.grad``, ``vmap``, ``jvp`` or their like.
+    """Whether a call is inside ``torch.func.grad``, ``vmap``, ``jvp`` or their like, or inside ``torch.jit.trace``.
 
     A ``torch.autograd.Function`` takes part in these only if it has a ``setup_context``, and then each call of it costs
     half as much again (measured: 95 us a layer for 62, forward and backward) outside of them too. So inside them the
-    increment is a formula of plain operations, right to every order of derivatives.
+    increment is a formula of plain operations, right to every order of derivatives. A trace has use for these too: what
+    it keeps of a ``Function`` cannot be saved.
     """
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+
+
+def is_watched() -> bool:
+    """Whether a gradient may be asked for of what is computed now; a weight that holds its increment needs no more.
+
+    ``torch.jit.trace`` traces twice, the second time without gradients, and compares.
+    """
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.gradients import merged
+from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import LayerHost
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -45,7 +46,9 @@ class FactoredConvHost(_ConvHost):
         y, z = super().forward(input), self.down(x, A)
         if self.groups == 1 and y.dim() == len(self.lora.shape) and y.is_contiguous() and y.dtype == B.dtype:
             ups = B.T.expand(y.shape[0], -1, -1)  # a matrix product for each image, summed to y as it is formed
-            y = torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale).view(y.shape)
+            sums = torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=self.lora.scale)
+            # no view, which FSDP2 could not follow in place; a trace would keep the numbers that its shape has now
+            y = sums.view(y.shape) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(sums, y.shape)
         else:
             y = y + self.up(z, B)
         return self.rescaled(y, channel=1 - len(self.lora.shape))
@@ -58,7 +61,7 @@ class MergedConvHost(_ConvHost):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return merged.tap(y, input, self) if torch.is_grad_enabled() else y
+        return merged.tap(y, input, self) if is_watched() else y
 
     def up_backward(self, z: Tensor, dy: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         r, g = B.shape[0], self.groups

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.gradients import merged
+from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import LayerHost
 
 
@@ -40,7 +40,7 @@ class MergedEmbeddingHost(_EmbeddingHost):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return merged.tap(y, input, self) if torch.is_grad_enabled() else y
+        return merged.tap(y, input, self) if is_watched() else y
 
     def up_backward(self, z: Tensor, dy: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return dy @ B.T, z.flatten(0, -2).T @ dy.flatten(0, -2)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
@@ -19,6 +20,13 @@ class Host(Swapped):
     lora: nn.Module
     holds_increment: ClassVar[bool]
     """Whether the module's weight is W = W0 + increment, to be kept so after each step; else it is W0, frozen."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``, before it fails."""
+        raise MisconfigurationException(
+            f"TorchScript cannot compile a {type(self).__name__} with an adapter. `merge` the module first, or a deep"
+            " copy of it; or use `torch.export.export` or `torch.jit.trace`, which take it as it is."
+        )
 
     def adapted(self) -> Mapping[str, Adapter]:
         """Name of the module's own parameter -> its adapter."""

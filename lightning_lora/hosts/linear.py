@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_lora.gradients import factored, merged
+from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import LayerHost
 
 
@@ -48,7 +48,7 @@ class MergedLinearHost(LayerHost):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward(*args, **kwargs)
-        return merged.tap_linear(y, _first(args, kwargs), self.lora) if torch.is_grad_enabled() else y
+        return merged.tap_linear(y, _first(args, kwargs), self.lora) if is_watched() else y
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

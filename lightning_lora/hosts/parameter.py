@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients import projected
+from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import Host
 
 
@@ -35,12 +36,15 @@ class ParameterHost(Host):
 
 
 def _reader(name: str) -> Callable[[ParameterHost], Tensor]:
+    """A function, and no other object that can be called, which the compiler of torch 2.6 does not take."""
+
     def read(host: ParameterHost) -> Tensor:
         weight = host._parameters[name]
         assert weight is not None
-        if not torch.is_grad_enabled():
-            return weight
-        return projected.read(weight, cast(Adapter, host.lora[name]))
+        adapter = cast(Adapter, host.lora[name])
+        if not is_watched() or shards.is_part(weight) or shards.is_part(adapter.A):
+            return weight  # FSDP2 reads and puts back, one after another, what no forward is to see
+        return projected.read(weight, adapter)
 
     return read
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lora import draws
 from lightning_lora.hosts.linear import LinearHost
+from lightning_lora.names import state_key
 
 
 class QuantizedLinearHost(LinearHost):
@@ -259,8 +260,8 @@ def storages(root: nn.Module) -> dict[str, Storage]:
     The plain weight has the dtype of the rest of the model: what the library notes is older than a cast of the model.
     """
     found = [
-        (f"{name}.weight" if name else "weight", module)
-        for name, module in root.named_modules(remove_duplicate=False)
+        (f"{state_key(path)}.weight".lstrip("."), module)
+        for path, module in root.named_modules(remove_duplicate=False)
         if storage_of(module) is not None
     ]
     dtype = _dtype_of_the_rest(root, {module for _, module in found}) if found else None

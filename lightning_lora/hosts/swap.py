@@ -14,6 +14,8 @@ class Swapped(nn.Module):
 
     attribute: ClassVar[str]
     """What an instance has besides, as long as it is one."""
+    in_copies: ClassVar[bool] = True
+    """Whether a copy is one too."""
     base_class: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Swapped]]
     read: ClassVar[tuple[str, ...]]
@@ -26,8 +28,13 @@ class Swapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so a pickle or a deep copy names what it is made of."""
         reduced: Any = super().__reduce_ex__(protocol)
-        _, args, *rest = reduced
-        return _new, (self.mixin, self.base_class, self.read, *args[1:]), *rest
+        _, args, state, *rest = reduced
+        base, mixins = _parts(type(self))
+        for mixin, _ in mixins:
+            if not mixin.in_copies:
+                state = {name: value for name, value in state.items() if name != mixin.attribute}
+        kept = [(mixin, read) for mixin, read in mixins if mixin.in_copies]
+        return _new, (base, kept, *args[1:]), state, *rest
 
 
 def swap(module: nn.Module, mixin: type[Swapped], read: tuple[str, ...] = ()) -> None:
@@ -35,18 +42,21 @@ def swap(module: nn.Module, mixin: type[Swapped], read: tuple[str, ...] = ()) ->
     module.__class__ = _swapped_class(mixin, type(module), read)  # type: ignore[arg-type]
 
 
-def unswap(module: Swapped) -> None:
-    """Gives ``module`` its own class back, and takes the mixin's attribute from it."""
-    delattr(module, module.attribute)
-    module.__class__ = _unswapped_class(type(module))  # type: ignore[arg-type]
+def unswap(module: Swapped, mixin: type[Swapped] = Swapped) -> None:
+    """Takes ``mixin``, or the last one, and its attribute from ``module``, which has its own class again."""
+    swapped: Any = next(kind for kind in type(module).__mro__ if issubclass(vars(kind).get("mixin", object), mixin))
+    delattr(module, swapped.mixin.attribute)
+    module.__class__ = _unswapped_class(type(module), swapped)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _unswapped_class(cls: Any) -> Any:
-    """``cls`` without the mixin, also where it is made of a swapped class, as by FSDP2's ``fully_shard``."""
-    if "base_class" in vars(cls):
+def _unswapped_class(cls: Any, swapped: Any) -> Any:
+    """``cls`` with its ancestor ``swapped`` in its own class's place; others, as of ``fully_shard``, stay on top."""
+    if cls is swapped:
         return cls.base_class
-    bases = tuple(_unswapped_class(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
+    if "base_class" in vars(cls):
+        return _swapped_class(cls.mixin, _unswapped_class(cls.base_class, swapped), cls.read)
+    bases = tuple(_unswapped_class(base, swapped) if issubclass(base, swapped) else base for base in cls.__bases__)
     attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(attributes))
 
@@ -66,6 +76,16 @@ def _swapped_class(mixin: Any, base: Any, read: tuple[str, ...]) -> Any:
     return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(attributes))
 
 
-def _new(mixin: type[Swapped], base: type[nn.Module], read: tuple[str, ...], *args: Any) -> nn.Module:
-    cls = _swapped_class(mixin, base, read)  # type: ignore[arg-type]
+def _parts(cls: Any) -> tuple[Any, list[tuple[Any, tuple[str, ...]]]]:
+    """The class that ``cls`` is made of, and the mixins, with what each reads, in the order in which they were put."""
+    mixins: list[tuple[Any, tuple[str, ...]]] = []
+    while issubclass(cls, Swapped):
+        mixins.insert(0, (cls.mixin, cls.read))
+        cls = cls.base_class
+    return cls, mixins
+
+
+def _new(cls: Any, mixins: list[tuple[Any, tuple[str, ...]]], *args: Any) -> nn.Module:
+    for mixin, read in mixins:
+        cls = _swapped_class(mixin, cls, read)
     return cls.__new__(cls, *args)
