@@ -1,4 +1,4 @@
-"""Instructions that a forward and a backward of one Linear take, counted by valgrind's callgrind: the same in every run.
+"""Instructions that a forward and a backward of one Linear take, counted by valgrind: the same in every run.
 
     OMP_NUM_THREADS=1 python benchmarks/count_instructions.py
 

@@ -47,7 +47,7 @@ INCREMENTS: dict[str, dict] = {
 }
 FORMS = ("merged", "adapter")
 COMBINATIONS = list(itertools.product(PRECISIONS, GRADIENTS, INCREMENTS, FORMS))
-WORKS, DIFFERS = "works", "resumes to other bits"
+WORKS = "works"
 
 
 class Tiny(Net):
@@ -141,7 +141,7 @@ def outcome(folder: Path, strategy: str, precision: str, gradient: str, incremen
         state = torch.load(folder / "saved.ckpt", weights_only=True)["state_dict"]
         plain = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))})
         plain.load_state_dict(state, strict=True)
-    return WORKS if ends[0].held == ends[1].held else DIFFERS
+    return WORKS if ends[0].held == ends[1].held else "resumes to other bits"
 
 
 def outcomes(strategy: str, folder: Path) -> dict[str, str]:
@@ -217,7 +217,37 @@ number. Runs by many processes had two (gloo)."""
 
 
 def others() -> list[str]:
-    return []
+    """What is in the tables of other tests: each line of them is a test."""
+    from quantized import KINDS
+    from test_other_callbacks import REFUSED as REFUSED_CALLBACKS
+    from test_other_callbacks import WORKS as WORKING_CALLBACKS
+    from test_precision import REFUSED as REFUSED_PRECISIONS
+
+    from lightning_lora import callback
+
+    strategies = [f"| `{kind.__name__}` | refused: {why} |" for kind, why in callback.REFUSED_STRATEGIES.items()]
+    plugins = {
+        f"| `{name}` | refused: {callback.REFUSED_PRECISIONS[plugin]} |" for name, plugin in REFUSED_PRECISIONS.items()
+    }
+    callbacks = {name: f"works: {what}" for name, what in WORKING_CALLBACKS.items()}
+    callbacks |= {name: f"refused: {why}" for name, why in REFUSED_CALLBACKS.items()}
+    kinds = ", ".join(f"`{kind}`" for kind in KINDS)
+    return [
+        "## Other strategies and precisions\n\n| | LoRA |\n| --- | --- |\n" + "\n".join(strategies + sorted(plugins)),
+        "## Lightning's callbacks\n\nIn both orders in the list.\n\n| callback | beside LoRA |\n| --- | --- |\n"
+        + "\n".join(f"| `{name}` | {callbacks[name]} |" for name in sorted(callbacks)),
+        f'## Quantised weights\n\nThe kinds {kinds} work on one device with `gradient="factored"`, both forms of'
+        " checkpoint and no DoRA: see [quantization.md](quantization.md). torchao's are refused under DDP.",
+        UNTESTED,
+    ]
+
+
+UNTESTED = """## Untested
+
+GPUs and other accelerators; more than one machine; more than four processes; FSDP1, DeepSpeed and XLA, which are
+refused because nothing here could run them; hybrid sharding and CPU offload; quantised weights by more than one
+process; `torch.compile` under DDP and FSDP2; Lightning's callbacks, but for `ModelCheckpoint`, by more than one
+process."""
 
 
 if __name__ == "__main__":

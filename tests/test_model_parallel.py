@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning_utilities.core.imports import RequirementCache
 from model_parallel import ELSEWHERE, FREE, ROUNDED, RUNS, Net, Watch, fit, net, train
 from models import digest
 from test_checkpoint import printed_by_a_new_process
@@ -17,6 +18,8 @@ from torch import nn
 
 from lightning_lora.callback import _refuse_unsupported
 from lightning_lora.hosts import Host, swap, unswap
+
+pytestmark = pytest.mark.skipif(not RequirementCache("torch>=2.7"), reason="torch 2.6 has no FSDP2 on the CPU")
 
 HERE = Path(__file__).parent
 ADAPTED = ["conv", "embed", "linear"]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import draws
+from lightning_lora import draws, shards
 from lightning_lora.adapters import initial
 from lightning_lora.rounding import round_stochastically
 
@@ -266,7 +266,14 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The increment in the weight's layout and shape, at least in ``dtype``."""
+        """The increment in the weight's layout and shape, at least in ``dtype``.
+
+        It is whole where the adapter is sharded: all processes call this together.
+        """
+        return shards.whole_adapter(self).formed(dtype)
+
+    def formed(self, dtype: torch.dtype) -> Tensor:
+        """:meth:`delta_weight` of whole factors."""
         return self.delta(*self.increment(), dtype)
 
     def delta(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,8 +50,7 @@ class Additive(Adapter, decomposition="additive"):
             tall = tall.index_fill(-1, torch.tensor(self.padding_idx, device=A.device), 0)
         return torch.cat([A, tall], -2), torch.cat([wide, B], -2)
 
-    @torch.no_grad()
-    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def formed(self, dtype: torch.dtype) -> Tensor:
         dtype = torch.promote_types(self.A.dtype, dtype)
         delta = torch.zeros(self.shape, dtype=dtype, device=self.A.device)
         self.add_increment(self.as_matrix(delta), self.A.to(dtype), self.B.to(dtype))
