@@ -48,6 +48,7 @@ INCREMENTS: dict[str, dict] = {
 FORMS = ("merged", "adapter")
 COMBINATIONS = list(itertools.product(PRECISIONS, GRADIENTS, INCREMENTS, FORMS))
 WORKS = "works"
+FAILURES = ("fails: ", "does not train", "resumes to other bits")
 
 
 class Tiny(Net):
@@ -134,14 +135,14 @@ def outcome(folder: Path, strategy: str, precision: str, gradient: str, incremen
         by = "" if Path(frames[-1].filename).is_relative_to(Path(lightning_lora.__file__).parent) else "Lightning: "
         return by + str(refusal)
     except Exception as failure:
-        return f"fails: {type(failure).__name__}: {failure}"
+        return f"{FAILURES[0]}{type(failure).__name__}: {failure}"
     if not all(end.moved for end in ends):
-        return "does not train"
+        return FAILURES[1]
     if strategy != FSDP2[1] and form == "merged":
         state = torch.load(folder / "saved.ckpt", weights_only=True)["state_dict"]
         plain = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))})
         plain.load_state_dict(state, strict=True)
-    return WORKS if ends[0].held == ends[1].held else "resumes to other bits"
+    return WORKS if ends[0].held == ends[1].held else FAILURES[2]
 
 
 def outcomes(strategy: str, folder: Path) -> dict[str, str]:
