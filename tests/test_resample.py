@@ -765,7 +765,8 @@ def test_attaching_twice_is_refused_until_the_first_is_removed():
 
 def test_a_second_optimizer_of_the_same_factors_is_refused_by_name():
     module, _ = resampled()
-    attach(module, torch.optim.SGD(trained(module), lr=0.1))
+    first = torch.optim.SGD(trained(module), lr=0.1)  # which nothing else keeps
+    attach(module, first)
     with pytest.raises(MisconfigurationException, match="A and B of '2' are in two optimizers"):
         attach(module, torch.optim.SGD(trained(module), lr=0.1))
 
