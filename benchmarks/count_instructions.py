@@ -20,7 +20,7 @@ from pathlib import Path
 SHAPES = {"small": (16, 64, 64), "as in the Llama-like model": (1024, 512, 512)}
 """Rows, inputs and outputs."""
 KINDS = ("trained in full", "frozen", "PEFT", "factored", "merged", "projected")
-STEPS = 10
+STEPS = 5
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks" / "instructions.json"
 
 
@@ -69,11 +69,13 @@ def main() -> None:
     if arguments.inside:
         run(*arguments.inside, arguments.rank)
         return
-    results = {shape: {kind: count(kind, shape, arguments.rank) for kind in KINDS} for shape in SHAPES}
-    for shape, counts in results.items():
-        print(f"{shape}: {' x '.join(map(str, SHAPES[shape]))}")
-        for kind, instructions in counts.items():
-            print(f"  {kind:16s} {instructions / 1e6:9.2f} million {instructions / counts['frozen']:6.2f} of frozen")
+    results: dict[str, dict[str, float]] = {}
+    for shape, sides in SHAPES.items():
+        print(f"{shape}: {' x '.join(map(str, sides))}", flush=True)
+        counts = results[shape] = {}
+        for kind in KINDS:
+            counts[kind] = count(kind, shape, arguments.rank)
+            print(f"  {kind:16s} {counts[kind] / 1e6:9.2f} million instructions", flush=True)
     RESULTS.write_text(json.dumps({"rank": arguments.rank, "steps": STEPS, "instructions": results}, indent=1) + "\n")
 
 
