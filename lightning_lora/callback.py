@@ -2,58 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import weakref
-import zipfile
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
-    BaseFinetuning,
     Callback,
-    ModelPruning,
     ModelSummary,
-    StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import BitsandbytesPrecision
-from lightning.pytorch.plugins.precision import (
-    DeepSpeedPrecision,
-    FSDPPrecision,
-    Precision,
-    TransformerEnginePrecision,
-    XLAPrecision,
-)
 from lightning.pytorch.strategies import (
     DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lora import checkpoint as ckpt
-from lightning_lora import shards
+from lightning_lora import checks, shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.attach import Handle, attach
 from lightning_lora.first_batches import first_losses
 from lightning_lora.gradient_start import PASSES, start_from_gradients
 from lightning_lora.hosts import Swapped, swap, unswap
 from lightning_lora.hosts.quantized import TorchAO, quantize, storages, torch_linear
-from lightning_lora.inject import Injection, adapters, inject_options, injections, merge, merging_errors, places
+from lightning_lora.inject import adapters, inject_options, injections, merge, merging_errors, places
 from lightning_lora.memory import MemoryMeter, MemoryReport
 from lightning_lora.options import CHECKPOINTS, Options, check_choice
 from lightning_lora.summary import print_summary
-
-try:  # from Lightning 2.6
-    from lightning.pytorch.callbacks import WeightAveraging
-except ImportError:  # pragma: no cover
-    WeightAveraging = StochasticWeightAveraging  # type: ignore[assignment, misc]
 
 
 class LoRA(Callback):
@@ -223,9 +201,9 @@ class LoRA(Callback):
             if isinstance(pl_module, _Run):  # it is sharded, and adapted until `merge`
                 unswap(pl_module, _Run)
         if stage == "fit":
-            _refuse_unsupported(trainer)
+            checks.refuse_unsupported(trainer)
             if isinstance(trainer.strategy, ModelParallelStrategy):
-                _refuse_unsharded(trainer.strategy, self.options, self.checkpoint)
+                checks.refuse_unsharded(trainer.strategy, self.options, self.checkpoint)
             self._held = None
             self._fingerprints = ckpt.Fingerprints()
             self.memory = None
@@ -271,7 +249,7 @@ class LoRA(Callback):
         self._reads = False
         if shards.is_sharded(pl_module):
             if self._loads_late and super(_Run, pl_module).strict_loading:  # type: ignore[misc]
-                _check_complete(trainer, pl_module)
+                checks.check_complete(trainer, pl_module)
             ckpt.take_in_shards(checkpoint, pl_module, self.exact_resume, self._before)
             self._forget_loading()
             return
@@ -281,10 +259,10 @@ class LoRA(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that what was injected will be trained, and says what it is."""
-        _check_there(trainer, pl_module)
-        _check_trained(trainer, pl_module)
+        checks.check_there(trainer, pl_module)
+        checks.check_trained(trainer, pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            _check_sharded(pl_module)
+            checks.check_sharded(pl_module)
         self._idle = set(adapters(pl_module))
         if trainer.is_global_zero and _prints_summary(trainer):
             print_summary(pl_module)
@@ -319,7 +297,7 @@ class LoRA(Callback):
         self._waits_for_file = False
         self._forget_loading()
         shards.reshard(pl_module)  # after the sanity check
-        _check_trained(trainer, pl_module)
+        checks.check_trained(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Whatever was to be read from a file has been read."""
@@ -381,7 +359,7 @@ class LoRA(Callback):
             ValueError: If the checkpoint that was being read is damaged, which the exception does not tell.
         """
         self._make_plain(pl_module)
-        if self._waits_for_file and isinstance(exception, Exception) and (damage := _damage(trainer.ckpt_path)):
+        if self._waits_for_file and isinstance(exception, Exception) and (damage := ckpt.damage(trainer.ckpt_path)):
             raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is {damage}.") from exception
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -497,59 +475,6 @@ class _Run(Swapped, pl.LightningModule):
         super().on_save_checkpoint(checkpoint)
 
 
-AVERAGED = (
-    "it averages A and B, and the average of products is not the product of averages; checkpoints hold merged weights,"
-    " and the `state_dict` of several can be averaged"
-)
-REFUSED: Mapping[type[Callback], str] = {
-    BaseFinetuning: "it freezes and unfreezes the parameters that LoRA has frozen; LoRA replaces it, with"
-    " `modules_to_save` for what is to be trained in full",
-    ModelPruning: "it rewrites the frozen weights while adapters are trained on them; prune the merged module after"
-    " `fit`",
-    StochasticWeightAveraging: AVERAGED,
-    WeightAveraging: AVERAGED,
-}
-
-
-SUPPORTED_STRATEGIES: tuple[type[Strategy], ...] = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
-REFUSED_STRATEGIES: Mapping[type[Strategy], str] = {
-    FSDPStrategy: "it flattens weights and adapters together, which leaves no adapter to save or merge by itself;"
-    " `ModelParallelStrategy`, with `fully_shard` in `configure_model`, shards them one by one",
-    DeepSpeedStrategy: "its engine keeps the parameters and writes the files itself, so nothing can be merged in them;"
-    " `ModelParallelStrategy`, with `fully_shard` in `configure_model`, shards parameters and optimizer states too",
-}
-
-REFUSED_PRECISIONS: Mapping[type[Precision], str] = {
-    TransformerEnginePrecision: "it puts layers of Transformer Engine, which carry no adapter, in the place of Linears;"
-    " `precision='bf16-mixed'` or 'bf16-true' keeps them",
-    FSDPPrecision: "it belongs to FSDPStrategy, which LoRA does not support; `precision='bf16-true'` and the like"
-    " choose the plugin that fits the strategy",
-    DeepSpeedPrecision: "it belongs to DeepSpeedStrategy, which LoRA does not support; `precision='bf16-true'` and the"
-    " like choose the plugin that fits the strategy",
-    XLAPrecision: "it belongs to the strategies for XLA devices, which LoRA does not support",
-}
-
-
-def _refuse_unsupported(trainer: pl.Trainer) -> None:
-    for strategy, reason in REFUSED_STRATEGIES.items():
-        if isinstance(trainer.strategy, strategy):
-            raise MisconfigurationException(f"LoRA does not support {type(trainer.strategy).__name__}: {reason}.")
-    if not isinstance(trainer.strategy, SUPPORTED_STRATEGIES):
-        raise MisconfigurationException(
-            f"LoRA does not support {type(trainer.strategy).__name__}, which may shard or wrap the module in its"
-            f" own way. It supports {', '.join(strategy.__name__ for strategy in SUPPORTED_STRATEGIES)}."
-        )
-    for plugin, reason in REFUSED_PRECISIONS.items():
-        if isinstance(trainer.precision_plugin, plugin):
-            raise MisconfigurationException(f"LoRA does not support {plugin.__name__}: {reason}.")
-    for callback in _callbacks(trainer):
-        for kind, reason in REFUSED.items():
-            if isinstance(callback, kind):
-                raise MisconfigurationException(
-                    f"LoRA cannot be combined with {type(callback).__name__}: {reason}. Remove one of them."
-                )
-
-
 def _quantize(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Does now what Lightning and bitsandbytes do a moment later, so that adapters go into layers that stay.
 
@@ -575,84 +500,6 @@ def _quantize(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     quantize(pl_module, trainer.strategy.root_device)
 
 
-def _refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: str) -> None:
-    """Refuses what is not done to weights of which every process has a part."""
-    name = type(strategy).__name__
-    if strategy.device_mesh["tensor_parallel"].size() > 1:
-        raise MisconfigurationException(
-            f"LoRA supports {name} with `tensor_parallel_size=1` only: a layer that is split over processes would need"
-            " an adapter split alike. Use `data_parallel_size` for all of them, with `fully_shard`."
-        )
-    if options.init == "gradient":
-        raise MisconfigurationException(
-            f"`init='gradient'` needs gradients of whole weights before adapters are put in, and under {name} adapters"
-            " are put in before sharding. Use another `init`, such as 'pissa'."
-        )
-    if form != "merged":
-        raise MisconfigurationException(
-            f"`checkpoint={form!r}` leaves weights out of the file, and {name} loads no file without all of them. Use"
-            " `checkpoint='merged'`."
-        )
-
-
-def _check_sharded(pl_module: pl.LightningModule) -> None:
-    """Every adapter needs its gradients to be reduced over the processes."""
-    for name, adapter in adapters(pl_module).items():
-        if not all(shards.is_part(p) for p in adapter.trained.values()):
-            raise MisconfigurationException(
-                f"The adapter of {name!r} is not sharded, so each process would train one of its own. In"
-                f" `configure_model`, call `fully_shard` on {name!r} or a module round it, after `inject`."
-            )
-
-
-def _check_complete(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """That the file just loaded into a sharded module has all but the adapters."""
-    if trainer.ckpt_path is None or not os.path.isfile(trainer.ckpt_path):
-        return  # a folder is asked for everything
-    in_file = torch.load(trainer.ckpt_path, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
-    factors = tuple(place.factors for place in places(pl_module))
-    if missing := [key for key in pl_module.state_dict() if key not in in_file and not key.startswith(factors)]:
-        raise KeyError(f"{trainer.ckpt_path} has no {missing[0]!r}, nor {len(missing) - 1} more keys of the module.")
-
-
-def _check_there(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """That no adapted layer has been replaced, which a precision plugin can do after all hooks that come before."""
-    for owner in pl_module.modules():
-        if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
-            found = adapters(owner)
-            if len(found) < len(injection.adapted):  # a shared layer may go by another name
-                gone = [name for name in injection.adapted if name not in found]
-                raise MisconfigurationException(
-                    f"The adapter of {gone[0]!r} and {len(gone) - 1} more are gone: other layers have been put in the"
-                    f" place of theirs since, by {type(trainer.precision_plugin).__name__} or the module's own code."
-                    " Replace layers in `__init__`, `setup` or `configure_model`, before the adapters are put in."
-                )
-
-
-def _check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Every adapter needs an optimizer, and no adapted weight may be trained besides."""
-    optimized = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    for place in places(pl_module):
-        name, adapter = place.name, place.adapter
-        if place.weight.requires_grad:
-            raise MisconfigurationException(
-                f"The weight of {name!r} was unfrozen after its adapter was put in. An adapted weight stays frozen; to"
-                " train a module in full, name it in `modules_to_save`."
-            )
-        if not all(p.requires_grad for p in adapter.trained.values()):
-            raise MisconfigurationException(
-                f"The adapter of {name!r} is frozen, so it would not be trained. Do not freeze the module after `setup`"
-                " and `configure_model`: LoRA freezes the pretrained weights by itself."
-            )
-        if not all(p in optimized for p in adapter.trained.values()):
-            raise MisconfigurationException(
-                f"No optimizer has the adapter of {name!r}. Make the optimizer in `configure_optimizers`, of"
-                " `self.parameters()` or those of them that require gradients: it is called after the adapters are put"
-                " in. A list made in `__init__` is older than they are, and so is what LightningCLI's `--optimizer`"
-                " makes; there, let the module take an `OptimizerCallable`."
-            )
-
-
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
@@ -668,19 +515,3 @@ def _optimizers_with_adapters(trainer: pl.Trainer, pl_module: pl.LightningModule
         for optimizer in trainer.optimizers
         if any(p in factors for group in optimizer.param_groups for p in group["params"])
     ]
-
-
-def _damage(path: Any) -> str | None:
-    """What is wrong with the zip archive that ``torch.save`` has written to ``path``."""
-    if path is None or not os.path.isfile(path):
-        return None
-    with open(path, "rb") as file:
-        begins = b"PK\x03\x04".startswith(file.read(4))
-    if not zipfile.is_zipfile(path):
-        return "truncated" if begins else None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-    except Exception:  # whatever is raised for headers that make no sense
-        return "damaged: its table of contents cannot be read"
-    return None if part is None else f"damaged: the checksum of its part {part!r} is wrong"

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import zipfile
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -512,3 +514,19 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     shown = ", ".join(map(repr, names[:most])) or "nothing"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def damage(path: Any) -> str | None:
+    """What is wrong with the zip archive that ``torch.save`` has written to ``path``."""
+    if path is None or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        begins = b"PK\x03\x04".startswith(file.read(4))
+    if not zipfile.is_zipfile(path):
+        return "truncated" if begins else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception:  # whatever is raised for headers that make no sense
+        return "damaged: its table of contents cannot be read"
+    return None if part is None else f"damaged: the checksum of its part {part!r} is wrong"

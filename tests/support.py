@@ -224,11 +224,11 @@ def others() -> list[str]:
     from test_other_callbacks import WORKS as WORKING_CALLBACKS
     from test_precision import REFUSED as REFUSED_PRECISIONS
 
-    from lightning_lora import callback
+    from lightning_lora import checks
 
-    strategies = [f"| `{kind.__name__}` | refused: {why} |" for kind, why in callback.REFUSED_STRATEGIES.items()]
+    strategies = [f"| `{kind.__name__}` | refused: {why} |" for kind, why in checks.REFUSED_STRATEGIES.items()]
     plugins = {
-        f"| `{name}` | refused: {callback.REFUSED_PRECISIONS[plugin]} |" for name, plugin in REFUSED_PRECISIONS.items()
+        f"| `{name}` | refused: {checks.REFUSED_PRECISIONS[plugin]} |" for name, plugin in REFUSED_PRECISIONS.items()
     }
     callbacks = {name: f"works: {what}" for name, what in WORKING_CALLBACKS.items()}
     callbacks |= {name: f"refused: {why}" for name, why in REFUSED_CALLBACKS.items()}

@@ -16,7 +16,7 @@ from models import digest
 from test_checkpoint import printed_by_a_new_process
 from torch import nn
 
-from lightning_lora.callback import _refuse_unsupported
+from lightning_lora.checks import refuse_unsupported
 from lightning_lora.hosts import Host, swap, unswap
 
 pytestmark = pytest.mark.skipif(not RequirementCache("torch>=2.7"), reason="torch 2.6 has no FSDP2 on the CPU")
@@ -267,7 +267,7 @@ def test_strategies_that_own_the_parameters_are_refused_with_what_to_use(strateg
     run = Run()
     run.strategy = object.__new__(strategy)  # these need an accelerator
     with pytest.raises(Exception, match=rf"does not support {strategy.__name__}.*`ModelParallelStrategy`"):
-        _refuse_unsupported(run)
+        refuse_unsupported(run)
 
 
 def test_a_class_made_of_a_swapped_class_loses_the_mixin_alone():

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import ZOO, Zoo
 
 from lightning_lora import LoRA, adapters, inject
-from lightning_lora.callback import REFUSED_PRECISIONS
+from lightning_lora.checks import REFUSED_PRECISIONS
 
 GRADIENTS = ("factored", "merged", "projected")
 DECOMPOSITIONS = ("product", "additive", "dora")
