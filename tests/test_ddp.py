@@ -117,3 +117,9 @@ def test_only_the_first_of_the_processes_prints_the_table(processes):
 @pytest.mark.parametrize("name", [name for name in RUNS if launched(name) and name.partition(",")[0] in RUNS])
 def test_processes_made_in_another_way_give_the_same_bits(name, processes):
     assert processes[0][name] == processes[0][name.partition(",")[0]]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if launched(name)])
+def test_the_process_that_called_fit_has_the_merged_weights(name, processes):
+    seen, _, folder = processes
+    assert json.loads((folder / f"{name}-caller.json").read_text()) == seen[name][0]["weights"]
