@@ -261,6 +261,7 @@ class Merged(Callback):
 
 
 def interrupt(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is started without
     report = {}
     for name in list(CONFIGS)[:3]:
         expected = result(lambda name=name: steps(name, folder / "whole"))

@@ -309,18 +309,18 @@ def test_a_run_that_is_interrupted_or_terminated_leaves_a_plain_module_and_a_fil
 
 @pytest.fixture(params=["disk", "limit"])
 def small(request, tmp_path):
-    """A folder and what fills it: a file system of 1 MB, or a limit to the size of every file of this process."""
+    """A folder, what fills it, what frees it again, and the error: a file system of 1 MB, or a limit to every file."""
     folder = tmp_path / "small"
     folder.mkdir()
     if request.param == "limit":
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        yield folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1])), errno.EFBIG
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE)  # of pytest's own output, too
+        yield folder, lambda: limit((4096, limits[1])), lambda: limit(limits), errno.EFBIG
         return
     mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
         pytest.skip("A file system can be mounted by root alone.")
-    yield folder, lambda: fill(folder / "ballast"), errno.ENOSPC
+    yield folder, lambda: fill(folder / "ballast"), lambda: None, errno.ENOSPC
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
@@ -348,15 +348,18 @@ OTHER_CALLBACKS = pytest.mark.filterwarnings("ignore:Be aware that when using `c
 def test_on_a_full_disk_the_run_fails_and_earlier_files_resume(
     temporary, gradient, small, unfailing, tmp_path, monkeypatch
 ):
-    folder, fill_it, number = small
+    folder, fill_it, free_it, number = small
     (folder / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary" if temporary == "same" else tmp_path))
     model, merged = Hooked(), Merged()
     plain = structure(model)
     writer = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     run = trainer(folder, merged, LoRA(rank=2, gradient=gradient), Fills(fill_it), writer, **SIX_STEPS)
-    with pytest.raises(OSError, match=r"No space left|File too large") as caught:
-        run.fit(model)
+    try:
+        with pytest.raises(OSError, match=r"No space left|File too large") as caught:
+            run.fit(model)
+    finally:
+        free_it()
     assert caught.value.errno == number
     assert structure(model) == plain
     assert digest(model.state_dict()) == merged.weights
