@@ -24,6 +24,7 @@ from lightning_lora import checkpoint as ckpt
 from lightning_lora import checks, shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.attach import Handle, attach
+from lightning_lora.checkpoint_format import KEY, damage
 from lightning_lora.first_batches import first_losses
 from lightning_lora.gradient_start import PASSES, start_from_gradients
 from lightning_lora.hosts import Swapped, swap, unswap
@@ -254,7 +255,7 @@ class LoRA(Callback):
             self._forget_loading()
             return
         ckpt.take_in(checkpoint, pl_module, self.exact_resume, self._held_by(pl_module))
-        payload = checkpoint.get(ckpt.KEY)
+        payload = checkpoint.get(KEY)
         self._held = None if payload is None or adapters(pl_module) else (weakref.ref(pl_module), payload)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -344,11 +345,11 @@ class LoRA(Callback):
         state = checkpoint["state_dict"]
         if any(shards.is_part(tensor) for tensor in state.values()):
             parts = ckpt.merged_parts(state, pl_module, self.options, self._fingerprints)
-            checkpoint["state_dict"], checkpoint[ckpt.KEY] = parts
+            checkpoint["state_dict"], checkpoint[KEY] = parts
             return
         payload = ckpt.take_apart(state, pl_module, self.options, self.checkpoint, self._fingerprints)
         ckpt.put_out(state, payload, storages(pl_module))
-        checkpoint[ckpt.KEY] = payload
+        checkpoint[KEY] = payload
 
     # ------------------------------------------------------------------------------------------------- after the run
 
@@ -359,8 +360,8 @@ class LoRA(Callback):
             ValueError: If the checkpoint that was being read is damaged, which the exception does not tell.
         """
         self._make_plain(pl_module)
-        if self._waits_for_file and isinstance(exception, Exception) and (damage := ckpt.damage(trainer.ckpt_path)):
-            raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is {damage}.") from exception
+        if self._waits_for_file and isinstance(exception, Exception) and (what := damage(trainer.ckpt_path)):
+            raise ValueError(f"The checkpoint {str(trainer.ckpt_path)!r} is {what}.") from exception
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves a plain module behind, with merged weights."""
@@ -372,7 +373,7 @@ class LoRA(Callback):
         """After ``fit`` the module is plain, and what it takes to resume is no longer in it."""
         if (payload := self._held_by(pl_module)) is not None and not adapters(pl_module):
             ckpt.put_out(checkpoint["state_dict"], payload, storages(pl_module), merged=True)
-            checkpoint[ckpt.KEY] = payload
+            checkpoint[KEY] = payload
 
     def _held_by(self, pl_module: pl.LightningModule) -> dict[str, Any] | None:
         """The adapters that are folded into the weights of ``pl_module``, as they stand in a checkpoint."""
