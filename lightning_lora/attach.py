@@ -17,6 +17,7 @@ from lightning_lora.inject import Injection, Place, adapters, places
 from lightning_lora.optimizer_states import makes_states
 from lightning_lora.options import Options
 from lightning_lora.resample import check_moments, draw_anew, forget, warn_of_decay
+from lightning_lora.sharded_adapters import follow_step
 
 _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 """Adapter -> the optimizers whose steps it follows."""
@@ -151,7 +152,7 @@ class Follower:
         if self.adapter.resample is not None and self.options.resample_moments == "reset":
             forget(self.adapter, optimizer)
         if self.place.host.holds_increment:
-            self._before = shards.whole_adapter(self.adapter).held()
+            self._before = self.adapter.whole().held()
         if self.options.lr_ratio is not None:
             self._B = self.adapter.B.detach().clone()
 
@@ -162,7 +163,7 @@ class Follower:
             self.adapter.B.copy_(self._B + self.options.lr_ratio * (self.adapter.B - self._B))
         if self.place.host.holds_increment:
             A, B = self._before
-            shards.follow(self.adapter, self.place.weight, A, B)
+            follow_step(self.adapter, self.place.weight, A, B)
         if (every := self.options.resample_every_n_steps) is not None:
             self.adapter.steps += 1
             if self.adapter.steps % every == 0:

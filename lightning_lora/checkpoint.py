@@ -29,6 +29,7 @@ from lightning_lora.hosts.quantized import Storage, is_quantized, storages, with
 from lightning_lora.inject import Place, places, trained_besides
 from lightning_lora.names import state_key
 from lightning_lora.options import Options
+from lightning_lora.sharded_adapters import gathered
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -214,7 +215,7 @@ def take_in_shards(checkpoint: State, module: nn.Module, exact: bool, before: Ma
     _check_same_adapters(payload, module, found)
     _put_base_back(state, payload, shards.Whole(before), found, exact, {"base": {}, "adapters": {}}, {})
     for place in found:
-        with shards.gathered(place.adapter) as whole:
+        with gathered(place.adapter) as whole:
             tensors = whole.resume(payload["adapters"][place.name])
         for name, value in tensors.items():
             state[f"{place.factors}{name}"] = value

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_lora import shards
 from lightning_lora.adapters import Adapter
+from lightning_lora.sharded_adapters import gathered
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
@@ -51,7 +52,7 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
     A_new A^T M, which is n/r times as large. Second moments are replaced by their mean over the r rows: the rows are
     drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten (:func:`forget`).
     """
-    with shards.gathered(adapter) as whole:
+    with gathered(adapter) as whole:
         A, B = whole.A.detach().clone(), whole.B.detach().clone()
         whole.drawn_at = whole.steps
         whole.draw()

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from lightning_lora.adapters import Adapter
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -61,42 +57,6 @@ def whole(tensor: Tensor) -> Tensor:
 def write(tensor: Tensor, value: Tensor) -> None:
     """Writes ``value``, whole and the same everywhere, into ``tensor``, of which each process keeps its part."""
     tensor.copy_(_own(value.to(tensor.device, tensor.dtype), tensor) if is_part(tensor) else value)
-
-
-def whole_adapter(adapter: Adapter) -> Adapter:
-    """``adapter`` with whole tensors: copies of those that are spread, and its own buffers, which are not."""
-    if not is_part(adapter.A):
-        return adapter
-    return adapter.with_tensors({name: whole(tensor) for name, tensor in adapter.state_dict().items()})
-
-
-@contextmanager
-def gathered(adapter: Adapter) -> Iterator[Adapter]:
-    """``adapter`` with whole tensors. What it is in the end, each process keeps its part of."""
-    copy = whole_adapter(adapter)
-    yield copy
-    if copy is not adapter:
-        adapter.steps, adapter.drawn_at = copy.steps, copy.drawn_at
-        for name, tensor in adapter.state_dict().items():
-            write(tensor, copy.state_dict()[name])
-
-
-def follow(adapter: Adapter, weight: Tensor, A: Tensor, B: Tensor) -> None:
-    """:meth:`Adapter.follow` where adapter and weight may be spread; the factors before, ``A`` and ``B``, are whole.
-
-    Where the increment of some rows can be computed alone, each process adds it to the rows that it holds. Elsewhere
-    the weight is gathered too.
-    """
-    copy = whole_adapter(adapter)
-    if not is_part(weight):
-        copy.follow(weight, A, B)
-    elif copy.has_rows and (own := rows(weight)) is not None:
-        copy.follow(weight.detach().to_local(), A, B, rows=own)  # type: ignore[attr-defined]
-    else:
-        value = whole(weight)
-        copy.follow(value, A, B)
-        write(weight, value)
-    adapter.lost = copy.lost
 
 
 def any_element(tensors: Iterable[Tensor]) -> bool:

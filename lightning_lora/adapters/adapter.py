@@ -270,7 +270,7 @@ class Adapter(nn.Module):
 
         It is whole where the adapter is sharded: all processes call this together.
         """
-        return shards.whole_adapter(self).formed(dtype)
+        return self.whole().formed(dtype)
 
     def formed(self, dtype: torch.dtype) -> Tensor:
         """:meth:`delta_weight` of whole factors."""
@@ -375,6 +375,12 @@ class Adapter(nn.Module):
         """The tensors that a checkpoint needs; a factor that the seed and the number of steps give is left out."""
         left_out = ("A",) if self.resample == "A" else ()
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if name not in left_out}
+
+    def whole(self) -> Adapter:
+        """This adapter; where each process holds a part of it, a copy with the parts of all, which gather together."""
+        if not shards.is_part(self.A):
+            return self
+        return self.with_tensors({name: shards.whole(tensor) for name, tensor in self.state_dict().items()})
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """This adapter, with those of a state in the place of its own."""
