@@ -34,11 +34,15 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.imports import RequirementCache
 from models import Digest, Net, ResumableLoader, ScheduledNet, data, digest, layers, structure, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA, adapters, attach, inject
+
+if not RequirementCache("lightning>=2.6.0"):
+    pytest.skip("the tables are those of Lightning 2.6", allow_module_level=True)
 
 WORKS: dict[str, str] = {
     "BasePredictionWriter": "is given the predictions of the merged module",
