@@ -229,7 +229,7 @@ def net(name: str, **arguments) -> Net:
 
 
 def fit(
-    folder, model, options, *callbacks, devices=2, file=None, distributed=False, batch=4, **trainer_options
+    folder, model, options, *callbacks, devices=2, split=1, file=None, distributed=False, batch=4, **trainer_options
 ) -> Trainer:
     """Two epochs of 3 batches of 4, divided among the processes."""
     generator = torch.Generator().manual_seed(0)
@@ -238,7 +238,7 @@ def fit(
     sharded = devices > 1 or (isinstance(model.options, dict) and model.shard == "alone")
     rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
     sampler = DistributedSampler(dataset, num_replicas=devices, rank=rank, shuffle=False)
-    strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=distributed) if sharded else "auto"
+    strategy = ModelParallelStrategy(devices // split, split, distributed) if sharded else "auto"
     loader = DataLoader(dataset, batch_size=batch // devices, sampler=sampler)
     lora = [] if options is None else [LoRA(**{**OPTIONS, **options})]
     trainer = Trainer(
@@ -351,6 +351,7 @@ def main(folder: Path) -> None:
         "other options": refusal(folder, net("zero"), {"rank": 2}),
         "gradient": refusal(folder, net("zero"), {"init": "gradient"}),
         "adapter": refusal(folder, net("zero"), {"checkpoint": "adapter"}),
+        "tensor parallel": refusal(folder, net("zero"), split=2),
     }
     (folder / f"{rank}.json").write_text(json.dumps(seen))
 

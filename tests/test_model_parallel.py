@@ -251,6 +251,7 @@ def test_adapters_keep_their_dtype_in_mixed_and_in_half_precision(name, processe
         "other options": "Give both the same",
         "gradient": "Use another `init`",
         "adapter": "Use `checkpoint='merged'`",
+        "tensor parallel": "`tensor_parallel_size=1` only",
     }.items(),
 )
 def test_what_cannot_be_sharded_is_refused_by_name(case, says, processes):
