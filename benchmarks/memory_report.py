@@ -36,13 +36,13 @@ from memory import traced
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import lightning_lora.activations
 import lightning_lora.callback
+import lightning_lora.memory.activations
 from lightning_lora import LoRA, Memory, attach, estimate_memory
 from lightning_lora.hosts import ParameterHost
-from lightning_lora.inject import places
-from lightning_lora.memory import PARTS, MemoryMeter
-from lightning_lora.options import GRADIENTS
+from lightning_lora.injection.inject import places
+from lightning_lora.injection.options import GRADIENTS
+from lightning_lora.memory.report import PARTS, MemoryMeter
 
 MIB = 2**20
 
@@ -133,7 +133,7 @@ def reported(name: str, gradient: str, rank: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     lightning_lora.callback.MemoryMeter = TimedMeter
-    lightning_lora.activations._dry_full_step = timed(lightning_lora.activations._dry_full_step)
+    lightning_lora.memory.activations._dry_full_step = timed(lightning_lora.memory.activations._dry_full_step)
     job = JOBS[name]()
     names = [f"model.{target}" for target in target_names(job.model)]
     options = {"rank": rank, "target_modules": names, "gradient": gradient}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import adapters, inject, merge, merging_errors
-from lightning_lora.hosts.quantized import storages
+from lightning_lora.weights.quantized import storages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from quantized import KINDS

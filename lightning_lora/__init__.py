@@ -1,10 +1,10 @@
 """LoRA for PyTorch Lightning by adding one callback."""
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.attach import attach
 from lightning_lora.callback import LoRA
-from lightning_lora.inject import adapters, inject, merge, merging_errors
-from lightning_lora.memory import Memory, MemoryReport, estimate_memory
+from lightning_lora.injection.inject import adapters, inject, merge, merging_errors
+from lightning_lora.memory.report import Memory, MemoryReport, estimate_memory
+from lightning_lora.steps.attach import attach
 
 __version__ = "0.1.0"
 

@@ -16,23 +16,24 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
 )
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_lora import checkpoint as ckpt
-from lightning_lora import checks, shards
 from lightning_lora.adapters import Adapter
-from lightning_lora.attach import Handle, attach
-from lightning_lora.checkpoint_format import KEY, damage
-from lightning_lora.first_batches import first_losses
-from lightning_lora.gradient_start import PASSES, start_from_gradients
+from lightning_lora.checkpoint import states as ckpt
+from lightning_lora.checkpoint.format import KEY, damage
+from lightning_lora.errors import LoRAError, warn
 from lightning_lora.hosts import Swapped, swap, unswap
-from lightning_lora.hosts.quantized import TorchAO, quantize, storages, torch_linear
-from lightning_lora.inject import adapters, inject_options, injections, merge, merging_errors, places
-from lightning_lora.memory import MemoryMeter, MemoryReport
-from lightning_lora.options import CHECKPOINTS, Options, check_choice
-from lightning_lora.summary import print_summary
+from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
+from lightning_lora.injection.inject import adapters, inject_options, injections, merge, merging_errors, places
+from lightning_lora.injection.options import CHECKPOINTS, Options, check_choice
+from lightning_lora.memory.report import MemoryMeter, MemoryReport
+from lightning_lora.steps.attach import Handle, attach
+from lightning_lora.trainer import support as checks
+from lightning_lora.trainer.first_batches import first_losses
+from lightning_lora.trainer.tables import print_summary
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.quantized import TorchAO, quantize, storages, torch_linear
 
 
 class LoRA(Callback):
@@ -93,7 +94,7 @@ class LoRA(Callback):
 
     Raises:
         ValueError: If an option has a bad value; in ``fit``, if it matches nothing in the module.
-        MisconfigurationException: In ``fit``, if the module or the Trainer cannot be used with adapters.
+        LoRAError: In ``fit``, if the module or the Trainer cannot be used with adapters.
 
     Example::
 
@@ -192,7 +193,7 @@ class LoRA(Callback):
         calls when it saves weights only.
         """
         if sum(isinstance(callback, LoRA) for callback in _callbacks(trainer)) > 1:
-            raise MisconfigurationException(
+            raise LoRAError(
                 "The Trainer has two LoRA callbacks, and each would freeze what the other trains. Use one:"
                 " `target_modules` may name modules anywhere, with `rank_pattern` and `alpha_pattern` for those that"
                 " differ."
@@ -225,7 +226,7 @@ class LoRA(Callback):
         _quantize(trainer, pl_module)
         present = list(injections(pl_module))
         if not present and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"{type(pl_module).__name__} was sharded without adapters, and they have to be sharded with it. Call"
                 " `lightning_lora.inject(self, ...)` in `configure_model`, with the options of the callback, before"
                 " `fully_shard`."
@@ -233,14 +234,14 @@ class LoRA(Callback):
         if not present:
             inject_options(pl_module, self.options)
         elif any(injection.options != self.options for injection in present):
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"{type(pl_module).__name__} has adapters from an earlier `inject` with the options"
                 f" {present[0].options}, and the callback has {self.options}. Give both the same."
             )
         self._trains = True
         held = [place.name for place in places(pl_module) if place.host.holds_increment]
         if held and self.checkpoint == "adapter":
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"`checkpoint='adapter'` needs frozen weights, and that of {held[0]!r} holds its increment and is not"
                 " W0 any more. Use `checkpoint='merged'`, or `gradient='factored'` and only layers that it supports."
             )
@@ -322,7 +323,7 @@ class LoRA(Callback):
             share, sharded = torch.stack(lost).mean(), shards.is_sharded(pl_module)
             pl_module.log("lora/lost_to_nearest_rounding", share, sync_dist=sharded)  # of the rows of each process
         if self._idle:
-            rank_zero_warn(
+            warn(
                 f"No gradient reached the adapters of {', '.join(sorted(self._idle))} in the first batch. They stay at"
                 " zero unless later batches use these modules. If a reentrant activation checkpoint is round them,"
                 " use `use_reentrant=False`: a frozen input gives it no gradient to pass on."
@@ -485,7 +486,7 @@ def _quantize(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     plugin = trainer.precision_plugin
     if isinstance(plugin, BitsandbytesPrecision):
         if not storages(pl_module) and (present := adapters(pl_module)):
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"{next(iter(present))!r} has an adapter already, and BitsandbytesPrecision would put a layer without"
                 " one in its place. Leave the injection to the callback, or make the layers in `configure_model`, where"
                 " they are quantised as they are made."
@@ -494,7 +495,7 @@ def _quantize(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     if isinstance(trainer.strategy, DDPStrategy):
         for key, stored in storages(pl_module).items():
             if isinstance(stored, TorchAO):
-                raise MisconfigurationException(
+                raise LoRAError(
                     f"{key!r} is a {stored.name} of torchao, which torch's DistributedDataParallel cannot send to other"
                     " processes. Use one device, or quantise by bitsandbytes."
                 )

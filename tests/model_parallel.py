@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import LoRA, adapters, inject, merge
 from lightning_lora.hosts import Host
-from lightning_lora.memory import PARTS
+from lightning_lora.memory.report import PARTS
 
 LAYERS = ["embed", "conv", "linear"]
 OPTIONS = {"rank": 3, "target_modules": LAYERS, "modules_to_save": ["head"]}

@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Net, ResumableLoader, digest, trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import lightning_lora
 from lightning_lora import LoRA, inject
+from lightning_lora.errors import LoRAError
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "support.md"
@@ -130,7 +130,7 @@ def outcome(folder: Path, strategy: str, precision: str, gradient: str, incremen
                 Tiny(options), ResumableLoader(), ckpt_path=file
             )
             ends.append(end)
-    except (MisconfigurationException, ValueError) as refusal:
+    except (LoRAError, ValueError) as refusal:
         frames = traceback.extract_tb(refusal.__traceback__)
         by = "" if Path(frames[-1].filename).is_relative_to(Path(lightning_lora.__file__).parent) else "Lightning: "
         return by + str(refusal)
@@ -224,7 +224,7 @@ def others() -> list[str]:
     from test_other_callbacks import WORKS as WORKING_CALLBACKS
     from test_precision import REFUSED as REFUSED_PRECISIONS
 
-    from lightning_lora import checks
+    from lightning_lora.trainer import support as checks
 
     strategies = [f"| `{kind.__name__}` | refused: {why} |" for kind, why in checks.REFUSED_STRATEGIES.items()]
     plugins = {

@@ -8,19 +8,19 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Net, data, digest, layers, structure, trainer
 from resume import SaveByHand
 from torch import nn
 
 from lightning_lora import LoRA, inject
+from lightning_lora.errors import LoRAError
 
 try:
     from lightning.pytorch.callbacks import WeightAveraging
 except ImportError:  # before Lightning 2.6
     WeightAveraging = StochasticWeightAveraging
 
-BAD = (ValueError, MisconfigurationException)
+BAD = (ValueError, LoRAError)
 
 
 class Steps(Callback):
@@ -109,7 +109,7 @@ def test_lazy_layers_are_refused(tmp_path):
     model = Lazy()
     model.layers[3] = nn.LazyLinear(12)
     names = [type(child) for child in model.modules()]
-    with pytest.raises(MisconfigurationException, match=r"'layers\.3' \(LazyLinear\) is lazy"):
+    with pytest.raises(LoRAError, match=r"'layers\.3' \(LazyLinear\) is lazy"):
         trainer(tmp_path, LoRA(rank=2)).fit(model, data())
     assert [type(child) for child in model.modules()] == names
     assert not hasattr(model.layers[0], "lora")
@@ -126,7 +126,7 @@ def test_a_module_with_adapters_of_other_options_is_refused_and_those_of_the_sam
     model = Net()
     inject(model, rank=2)
     before, bits = structure(model), digest(model.state_dict())
-    with pytest.raises(MisconfigurationException, match=r"earlier `inject`.*rank=2.*rank=3"):
+    with pytest.raises(LoRAError, match=r"earlier `inject`.*rank=2.*rank=3"):
         trainer(tmp_path, LoRA(rank=3)).fit(model, data())
     assert (structure(model), digest(model.state_dict())) == (before, bits)
 
@@ -238,7 +238,7 @@ class Unfreezes(Net):
 def test_adapters_that_would_not_be_trained_as_meant_are_refused(model, match, tmp_path):
     model, steps = model(), Steps()
     before, bits = structure(model), digest(model.state_dict())
-    with pytest.raises(MisconfigurationException) as caught:
+    with pytest.raises(LoRAError) as caught:
         trainer(tmp_path, LoRA(rank=2), steps).fit(model, data())
     assert all(part in str(caught.value) for part in match)
     assert steps.count == 0
@@ -254,7 +254,7 @@ def test_a_module_without_any_optimizer_is_refused(tmp_path):
 
     model = None_()
     before = structure(model)
-    with pytest.raises(MisconfigurationException, match=r"No optimizer has the adapter of 'layers\.0'"):
+    with pytest.raises(LoRAError, match=r"No optimizer has the adapter of 'layers\.0'"):
         trainer(tmp_path, LoRA(rank=2)).fit(model, data())
     assert structure(model) == before
 
@@ -367,7 +367,7 @@ def changed(file, folder, change):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_a_file_of_other_options_is_refused_and_the_difference_named(options, match, file, tmp_path):
-    refused(tmp_path, Net(), LoRA(**options), match=match, error=MisconfigurationException, ckpt_path=file)
+    refused(tmp_path, Net(), LoRA(**options), match=match, error=LoRAError, ckpt_path=file)
 
 
 def test_a_file_with_fewer_targets_is_refused_and_the_new_ones_named(tmp_path):

@@ -21,7 +21,8 @@ from models import (
 )
 from torch import nn
 
-from lightning_lora import LoRA, adapters, inject, summary
+from lightning_lora import LoRA, adapters, inject
+from lightning_lora.trainer import tables as summary
 
 
 class Watch(Callback):

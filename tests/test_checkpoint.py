@@ -17,8 +17,8 @@ from resume import RESUMED, WEIGHTS_ONLY, SaveByHand
 
 import lightning_lora
 from lightning_lora import LoRA, adapters, inject, merge
-from lightning_lora import checkpoint as ckpt
-from lightning_lora.options import Options
+from lightning_lora.checkpoint import states as ckpt
+from lightning_lora.injection.options import Options
 
 HERE = Path(__file__).parent
 OUTSIDER = """

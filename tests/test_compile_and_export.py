@@ -13,7 +13,6 @@ import torch.multiprocessing
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from models import Digest, Net, ResumableLoader, batches, data, digest, layers, structure, trainer
 from resume import Run, SaveByHand
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import TIED, ZOO, Experts, TiedNet, Zoo
 
 from lightning_lora import LoRA, adapters, attach, inject, merge
+from lightning_lora.errors import LoRAError
 
 GRADIENTS = ("factored", "merged", "projected")
 DECOMPOSITIONS = ("product", "additive", "dora")
@@ -291,7 +291,7 @@ def test_a_wrapper_that_compiles_can_be_injected_into_and_merged():
     nudged(function)
     adapted = function(x)
     attach(function, torch.optim.SGD([p for p in function.parameters() if p.requires_grad], lr=0.1)).remove()
-    with pytest.raises(MisconfigurationException, match="has adapters already"):
+    with pytest.raises(LoRAError, match="has adapters already"):
         inject(function, rank=2)
     merge(function)
     torch.testing.assert_close(function(x), adapted, rtol=1e-12, atol=1e-12)
@@ -709,7 +709,7 @@ def test_torchscript_takes_the_module_after_fit_and_refuses_adapters_by_name(tmp
     for gradient in GRADIENTS:
         net = layers()
         inject(net, rank=2, gradient=gradient)
-        with pytest.raises(MisconfigurationException, match="TorchScript cannot compile a Linear with an adapter"):
+        with pytest.raises(LoRAError, match="TorchScript cannot compile a Linear with an adapter"):
             torch.jit.script(net)
 
 

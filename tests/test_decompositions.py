@@ -23,8 +23,8 @@ from zoo import ZOO, Zoo
 from lightning_lora import Adapter, LoRA, adapters, attach, inject, merge
 from lightning_lora.adapters import DECOMPOSITIONS as DECOMPOSED
 from lightning_lora.adapters import Additive, DoRA
-from lightning_lora.draws import generator
-from lightning_lora.inject import places
+from lightning_lora.adapters.draws import generator
+from lightning_lora.injection.inject import places
 
 GRADIENTS = ["factored", "merged", "projected"]
 HOLDING = ["merged", "projected"]

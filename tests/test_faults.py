@@ -24,7 +24,7 @@ from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRA
-from lightning_lora.rounding import round_stochastically
+from lightning_lora.weights.rounding import round_stochastically
 
 # ----------------------------------------------------------------------------------------- an exception in any hook
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import Adapter, adapters, attach, inject, merge
-from lightning_lora.draws import generator
-from lightning_lora.inject import places
-from lightning_lora.rounding import round_stochastically
+from lightning_lora.adapters.draws import generator
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.inject import places
+from lightning_lora.weights.rounding import round_stochastically
 
 GRADIENTS = ["factored", "merged", "projected"]
 
@@ -305,7 +305,7 @@ def test_a_tied_weight_gets_one_adapter_and_the_gradient_of_both_places():
 
 @pytest.mark.parametrize("gradient", ["factored", "merged"])
 def test_a_tied_weight_is_refused_where_its_gradient_would_be_half(gradient):
-    with pytest.raises(MisconfigurationException, match=r"'embed.weight' and 'head.weight'.*projected"):
+    with pytest.raises(LoRAError, match=r"'embed.weight' and 'head.weight'.*projected"):
         inject(Tied(), rank=2, target_modules=["embed"], gradient=gradient)
 
 
@@ -533,7 +533,7 @@ def test_each_optimizer_moves_the_weights_of_its_own_adapters(gradient):
 @pytest.mark.parametrize("gradient", ["merged", "projected"])
 def test_lbfgs_is_refused(gradient):
     module, optimizer = trained_once(gradient, torch.optim.LBFGS)
-    with pytest.raises(MisconfigurationException, match=r"LBFGS.*'0'.*factored"):
+    with pytest.raises(LoRAError, match=r"LBFGS.*'0'.*factored"):
         attach(module, optimizer)
 
 
@@ -545,7 +545,7 @@ def test_a_closure_called_twice_in_a_step_is_refused():
 
     module, optimizer = trained_once("merged", Twice, lr=0.1)
     attach(module, optimizer)
-    with pytest.raises(MisconfigurationException, match="closure twice"):
+    with pytest.raises(LoRAError, match="closure twice"):
         optimizer.step(lambda: module(torch.ones(2, 8)).sum())
 
 
@@ -626,13 +626,13 @@ def test_the_draws_of_rounding_depend_on_nothing_but_the_run():
         (
             nn.Sequential(nn.Embedding(4, 4, sparse=True)),
             {"target_modules": ["0"]},
-            MisconfigurationException,
+            LoRAError,
             "sparse",
         ),
         (
             nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)),
             {"target_modules": ["0"]},
-            MisconfigurationException,
+            LoRAError,
             "max_norm",
         ),
         (

@@ -37,7 +37,7 @@ from zoo import ZOO, EncoderNet, TiedNet, Zoo
 import lightning_lora
 from lightning_lora import LoRA, adapters, attach, inject, merge
 from lightning_lora.hosts import ParameterHost
-from lightning_lora.inject import places
+from lightning_lora.injection.inject import places
 
 HERE = Path(__file__).parent
 GRADIENTS = ["factored", "merged", "projected"]

@@ -17,17 +17,17 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Net, data, digest, structure, trainer
 from resume import SaveByHand
 from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRA, adapters, inject
-from lightning_lora import checkpoint as ckpt
-from lightning_lora.inject import injections
+from lightning_lora.checkpoint import states as ckpt
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.inject import injections
 
-REFUSED = (ValueError, MisconfigurationException)
+REFUSED = (ValueError, LoRAError)
 
 # ------------------------------------------------------------------------------------------------ in the dictionary
 
@@ -314,7 +314,7 @@ def test_a_file_of_adapters_that_start_elsewhere_is_refused(tmp_path):
     """A and B alone are not the increment of a run that takes A0 and B0 away."""
     run = trainer(tmp_path, LoRA(rank=2, init="symmetric"), SaveByHand(tmp_path / "saved.ckpt"))
     run.fit(TrainedOnly(), data())
-    with pytest.raises(MisconfigurationException, match=r"'layers\.0' has start A0 B0 in the checkpoint and zero in"):
+    with pytest.raises(LoRAError, match=r"'layers\.0' has start A0 B0 in the checkpoint and zero in"):
         trainer(tmp_path, LoRA(rank=2), max_epochs=2).fit(TrainedOnly(), data(), ckpt_path=tmp_path / "saved.ckpt")
 
 

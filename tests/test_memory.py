@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from zoo import ZOO, TiedNet, Zoo
 
 from lightning_lora import LoRA, Memory, MemoryReport, estimate_memory
-from lightning_lora.optimizer_states import derived_nbytes, measured_nbytes
+from lightning_lora.memory.optimizer_states import derived_nbytes, measured_nbytes
 
 GRADIENTS = ("factored", "merged", "projected")
 

@@ -16,8 +16,8 @@ from models import digest
 from test_checkpoint import printed_by_a_new_process
 from torch import nn
 
-from lightning_lora.checks import refuse_unsupported
 from lightning_lora.hosts import Host, swap, unswap
+from lightning_lora.trainer.support import refuse_unsupported
 
 pytestmark = pytest.mark.skipif(not RequirementCache("torch>=2.7"), reason="torch 2.6 has no FSDP2 on the CPU")
 
@@ -256,7 +256,7 @@ def test_adapters_keep_their_dtype_in_mixed_and_in_half_precision(name, processe
 )
 def test_what_cannot_be_sharded_is_refused_by_name(case, says, processes):
     for process in processes:
-        assert process["refused"][case].startswith("MisconfigurationException")
+        assert process["refused"][case].startswith("LoRAError")
         assert says in process["refused"][case]
 
 

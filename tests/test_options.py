@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lora import LoRA, inject
-from lightning_lora.options import Options, matches, matches_pattern
+from lightning_lora.injection.options import Options, matches, matches_pattern
 
 BAD = [
     ("rank", 0),

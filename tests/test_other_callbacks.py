@@ -33,13 +33,13 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from models import Digest, Net, ResumableLoader, ScheduledNet, data, digest, layers, structure, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA, adapters, attach, inject
+from lightning_lora.errors import LoRAError
 
 if not RequirementCache("lightning>=2.6.0"):
     pytest.skip("the tables are those of Lightning 2.6", allow_module_level=True)
@@ -826,7 +826,7 @@ def test_a_file_without_weights_whose_adapters_are_in_it_is_refused_and_adapter_
     model = Net()
     before = structure(model)
     writers = WithoutFrozen(), SaveAfterEpoch(tmp_path / "saved.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"adapter of 'layers\.0\.weight'.*checkpoint='adapter'"):
+    with pytest.raises(LoRAError, match=r"adapter of 'layers\.0\.weight'.*checkpoint='adapter'"):
         trainer(tmp_path, *in_order(order, LoRA(rank=2, gradient=gradient), *writers)).fit(model, data())
     assert structure(model) == before
     assert not (tmp_path / "saved.ckpt").exists()
@@ -1048,7 +1048,7 @@ def test_it_is_refused_by_name_with_the_reason_before_any_step(order, name, grad
     made, steps, model = MAKE_REFUSED[name](), Steps(), WithBackbone()
     names, bits = {name: type(child) for name, child in model.named_modules()}, digest(model.state_dict())
     run = trainer(tmp_path, *in_order(order, LoRA(rank=2, gradient=gradient), made), steps)
-    with pytest.raises(MisconfigurationException) as caught:
+    with pytest.raises(LoRAError) as caught:
         run.fit(model, data())
     assert f"cannot be combined with {type(made).__name__}" in str(caught.value)
     assert REFUSED[name] in str(caught.value)
@@ -1096,7 +1096,7 @@ def test_merged_files_can_be_averaged_in_the_place_of_a_run_that_averages(tmp_pa
 def test_two_lora_callbacks_are_refused_with_what_to_do_instead(pair, function, tmp_path):
     model = Model()
     before, bits = structure(model), digest(model.state_dict())
-    with pytest.raises(MisconfigurationException, match=r"two LoRA callbacks.*Use one.*`rank_pattern`"):
+    with pytest.raises(LoRAError, match=r"two LoRA callbacks.*Use one.*`rank_pattern`"):
         getattr(trainer(tmp_path, *pair()), function)(model)
     assert structure(model) == before
     assert digest(model.state_dict()) == bits
@@ -1106,7 +1106,7 @@ def test_two_lora_callbacks_are_refused_with_what_to_do_instead(pair, function, 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_reason_of_a_refusal_reaches_the_user_though_a_file_is_written_on_the_exception(order, tmp_path):
     writer, model = callbacks.OnExceptionCheckpoint(tmp_path), Net()
-    with pytest.raises(MisconfigurationException, match="cannot be combined with WeightAveraging"):
+    with pytest.raises(LoRAError, match="cannot be combined with WeightAveraging"):
         trainer(tmp_path, *in_order(order, LoRA(rank=2), callbacks.WeightAveraging(), writer)).fit(model, data())
     assert digest(read(writer.ckpt_path)["state_dict"]) == digest(model.state_dict()) == digest(Net().state_dict())
 
@@ -1117,7 +1117,7 @@ def test_what_the_module_itself_brings_is_refused_too(tmp_path):
         def configure_callbacks(self):
             return callbacks.EMAWeightAveraging()
 
-    with pytest.raises(MisconfigurationException, match="cannot be combined with EMAWeightAveraging"):
+    with pytest.raises(LoRAError, match="cannot be combined with EMAWeightAveraging"):
         trainer(tmp_path, LoRA(rank=2)).fit(BringsAveraging(), data())
 
 

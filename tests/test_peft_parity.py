@@ -12,9 +12,9 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import adapters, attach, inject, merge
-from lightning_lora.gradient_start import start_from_gradients
-from lightning_lora.inject import inject_options, places
-from lightning_lora.options import Options
+from lightning_lora.injection.gradient_start import start_from_gradients
+from lightning_lora.injection.inject import inject_options, places
+from lightning_lora.injection.options import Options
 
 STEPS, VOCABULARY = 30, 64
 

@@ -19,7 +19,6 @@ from lightning.pytorch.plugins.precision import (
     TransformerEnginePrecision,
     XLAPrecision,
 )
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Digest, Net, ResumableLoader, batches, data, layers, structure, trainer
 from resume import SaveByHand
 from torch import nn
@@ -27,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from zoo import ZOO, Zoo
 
 from lightning_lora import LoRA, adapters, inject
-from lightning_lora.checks import REFUSED_PRECISIONS
+from lightning_lora.errors import LoRAError
+from lightning_lora.trainer.support import REFUSED_PRECISIONS
 
 GRADIENTS = ("factored", "merged", "projected")
 DECOMPOSITIONS = ("product", "additive", "dora")
@@ -321,7 +321,7 @@ def refused(name: str) -> Precision:
 def test_a_plugin_that_would_take_adapters_away_or_needs_another_strategy_is_refused_by_name(name, gradient, tmp_path):
     model, plugin = Net(), refused(name)
     before = structure(model)
-    with pytest.raises(MisconfigurationException, match=f"LoRA does not support {type(plugin).__name__}: it .*[.]"):
+    with pytest.raises(LoRAError, match=f"LoRA does not support {type(plugin).__name__}: it .*[.]"):
         trainer(tmp_path, LoRA(rank=2, gradient=gradient), plugins=[plugin]).fit(model, data())
     assert structure(model) == before
 
@@ -344,7 +344,7 @@ class Replaces(Precision):
 def test_a_plugin_of_the_users_own_that_replaces_adapted_layers_is_named(names, gradient, tmp_path):
     plugin = Replaces(*names)
     match = rf"The adapter of 'layers\.{names[0]}' and {len(names) - 1} more are gone: .* by Replaces or"
-    with pytest.raises(MisconfigurationException, match=match):
+    with pytest.raises(LoRAError, match=match):
         trainer(tmp_path, LoRA(rank=2, gradient=gradient), plugins=[plugin]).fit(Net(), data())
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
@@ -20,8 +19,9 @@ from resume import SaveByHand
 from torch import Tensor, nn
 
 from lightning_lora import LoRA, adapters, inject, merge, merging_errors
-from lightning_lora.hosts.quantized import REWRITES, storages
-from lightning_lora.summary import print_summary
+from lightning_lora.errors import LoRAError
+from lightning_lora.trainer.tables import print_summary
+from lightning_lora.weights.quantized import REWRITES, storages
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -246,7 +246,7 @@ def quantized_pair(kind: str = "nf4") -> nn.Sequential:
 )
 def test_what_needs_a_weight_that_can_be_written_to_is_refused(kind: str, options: dict, match: str) -> None:
     module = quantized_pair(kind)
-    with pytest.raises(MisconfigurationException, match=match):
+    with pytest.raises(LoRAError, match=match):
         inject(module, rank=2, **options)
     assert not adapters(module)
     assert stored(module)
@@ -254,7 +254,7 @@ def test_what_needs_a_weight_that_can_be_written_to_is_refused(kind: str, option
 
 def test_a_start_from_gradients_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, lora(init="gradient"), max_epochs=1)
-    with pytest.raises(MisconfigurationException, match="has no gradient, which `init='gradient'` starts from"):
+    with pytest.raises(LoRAError, match="has no gradient, which `init='gradient'` starts from"):
         run.fit(QuantizedNet("nf4"), data())
 
 
@@ -263,14 +263,14 @@ def test_quantised_activations_are_refused() -> None:
 
     module = nn.Sequential(nn.Linear(64, 96))
     quantize_(module, Int8DynamicActivationInt8WeightConfig())
-    with pytest.raises(MisconfigurationException, match=r"quantises the activations too.*Int8WeightOnlyConfig"):
+    with pytest.raises(LoRAError, match=r"quantises the activations too.*Int8WeightOnlyConfig"):
         inject(module, rank=2)
 
 
 def test_torchao_under_ddp_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, lora(), max_epochs=1, strategy="ddp")
     try:
-        with pytest.raises(MisconfigurationException, match="which torch's DistributedDataParallel cannot send"):
+        with pytest.raises(LoRAError, match="which torch's DistributedDataParallel cannot send"):
             run.fit(QuantizedNet("torchao-int8"), data())
     finally:
         torch.distributed.destroy_process_group()
@@ -282,7 +282,7 @@ def test_a_weight_that_an_evaluation_has_rewritten_is_refused() -> None:
         pytest.skip("bitsandbytes rewrites weights on CPUs with AVX512-BF16 only")
     with torch.no_grad():
         module(torch.randn(5, 64))
-    with pytest.raises(MisconfigurationException, match="was rewritten by bitsandbytes in an evaluation"):
+    with pytest.raises(LoRAError, match="was rewritten by bitsandbytes in an evaluation"):
         inject(module, rank=2)
 
 
@@ -423,7 +423,7 @@ def test_the_merged_weight_is_the_dequantised_one_plus_the_increment(tmp_path: P
 )
 def test_resuming_on_what_was_quantised_otherwise_is_refused(form: str, other, match: str, tmp_path: Path) -> None:
     file = file_of(tmp_path, QuantizedNet("nf4"), callback=lora(checkpoint=form))
-    with pytest.raises(MisconfigurationException, match=match):
+    with pytest.raises(LoRAError, match=match):
         two_epochs(tmp_path, other(), file, lora(checkpoint=form))
 
 
@@ -435,7 +435,7 @@ def test_a_file_of_a_plain_run_is_not_resumed_on_a_quantised_module(
     kind: str, gradient: str, match: str, tmp_path: Path
 ) -> None:
     file = file_of(tmp_path, PlainNet(), callback=lora(gradient=gradient))
-    with pytest.raises(MisconfigurationException, match=match):
+    with pytest.raises(LoRAError, match=match):
         two_epochs(tmp_path, QuantizedNet(kind), file)
 
 
@@ -454,7 +454,7 @@ def test_a_merged_file_is_tested_in_the_plain_module_and_not_in_a_quantised_one(
     [here] = run.test(evaluable(model), data(1), ckpt_path=file, verbose=False)
     [plain] = trainer(tmp_path).test(PlainNet(), data(1), ckpt_path=file, verbose=False)
     assert here["test_loss"] == pytest.approx(plain["test_loss"], rel=2e-2)  # the head is quantised in one of them
-    with pytest.raises(MisconfigurationException, match="are quantised, and cannot hold the increments"):
+    with pytest.raises(LoRAError, match="are quantised, and cannot hold the increments"):
         trainer(tmp_path, lora()).test(QuantizedNet(kind), data(1), ckpt_path=file, verbose=False)
 
 
@@ -524,12 +524,12 @@ def test_the_precision_plugin_of_lightning_converts_before_adapters_are_put_in(m
 def test_adapters_that_the_precision_plugin_would_drop_are_refused(tmp_path: Path) -> None:
     model = PlainNet()
     inject(model, rank=2)
-    with pytest.raises(MisconfigurationException, match="BitsandbytesPrecision would put a layer without one"):
+    with pytest.raises(LoRAError, match="BitsandbytesPrecision would put a layer without one"):
         with_plugin(trainer(tmp_path, LoRA(rank=2), max_epochs=1), "nf4").fit(model, data())
 
 
 def test_the_summary_counts_the_entries_of_the_weight_and_not_what_stores_them(caplog, monkeypatch) -> None:
-    monkeypatch.setattr("lightning_lora.summary.RequirementCache", lambda name: False)
+    monkeypatch.setattr("lightning_lora.trainer.tables.RequirementCache", lambda name: False)
     module = quantized_pair("nf4")
     inject(module, rank=2)
     with caplog.at_level(logging.INFO):

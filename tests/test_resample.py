@@ -12,16 +12,16 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from models import digest
 from test_gradients import CASES, build, loss_of
 from torch import nn
 
 from lightning_lora import Adapter, LoRA, adapters, attach, inject, merge
-from lightning_lora.inject import places
-from lightning_lora.options import Options
-from lightning_lora.resample import draw_anew, forget
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.inject import places
+from lightning_lora.injection.options import Options
+from lightning_lora.steps.resample import draw_anew, forget
 
 N, M = 24, 20  # inputs and outputs of the layer that is looked at
 FORMS = {"both": 2, "A": 1}
@@ -653,7 +653,7 @@ UNKNOWN = [torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam, torch.op
 @pytest.mark.parametrize("optimizer", UNKNOWN, ids=lambda kind: kind.__name__)
 def test_an_optimizer_whose_state_is_not_known_is_refused_unless_it_is_reset(optimizer, moments):
     module, _ = resampled(resample_moments=moments)
-    with pytest.raises(MisconfigurationException, match=f"'{moments}'.*{optimizer.__name__}.*'reset'"):
+    with pytest.raises(LoRAError, match=f"'{moments}'.*{optimizer.__name__}.*'reset'"):
         attach(module, optimizer(trained(module), lr=0.01))
 
 
@@ -754,7 +754,7 @@ def test_attaching_twice_is_refused_until_the_first_is_removed():
     module, adapter = resampled(k=1000, resample="A")
     optimizer, W0 = torch.optim.SGD(trained(module), lr=0.1), weight_of(module).clone()
     handle = attach(module, optimizer)
-    with pytest.raises(MisconfigurationException, match="attached to this SGD already"):
+    with pytest.raises(LoRAError, match="attached to this SGD already"):
         attach(module, optimizer)
     handle.remove()
     attach(module, optimizer)
@@ -767,13 +767,13 @@ def test_a_second_optimizer_of_the_same_factors_is_refused_by_name():
     module, _ = resampled()
     first = torch.optim.SGD(trained(module), lr=0.1)  # which nothing else keeps
     attach(module, first)
-    with pytest.raises(MisconfigurationException, match="A and B of '2' are in two optimizers"):
+    with pytest.raises(LoRAError, match="A and B of '2' are in two optimizers"):
         attach(module, torch.optim.SGD(trained(module), lr=0.1))
 
 
 def test_factors_in_two_optimizers_are_refused_by_name():
     module, adapter = resampled()
-    with pytest.raises(MisconfigurationException, match="A and B of '2' are in two optimizers"):
+    with pytest.raises(LoRAError, match="A and B of '2' are in two optimizers"):
         attach(module, torch.optim.SGD([adapter.A], lr=0.1))
 
 
@@ -787,7 +787,7 @@ def test_an_optimizer_of_b_alone_is_enough_where_only_a_is_drawn():
 
 def test_lbfgs_is_refused_by_name():
     module, _ = resampled()
-    with pytest.raises(MisconfigurationException, match="LBFGS"):
+    with pytest.raises(LoRAError, match="LBFGS"):
         attach(module, torch.optim.LBFGS(trained(module)))
 
 

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Digest, Net, ResumableLoader, TwoOptimizersNet, data, digest, trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,9 +23,10 @@ from zoo import ZOO, TiedNet, Zoo
 
 from lightning_lora import Adapter, LoRA, adapters, inject
 from lightning_lora.adapters import INITS
-from lightning_lora.gradient_start import GAMMA, PASSES, start_from_gradients
-from lightning_lora.inject import inject_options, places
-from lightning_lora.options import Options
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.gradient_start import GAMMA, PASSES, start_from_gradients
+from lightning_lora.injection.inject import inject_options, places
+from lightning_lora.injection.options import Options
 
 GRADIENTS = ["factored", "merged", "projected"]
 HOLDING = ["merged", "projected"]
@@ -526,7 +526,7 @@ def test_two_processes_find_one_start_that_of_all_their_batches(gradient):
 
 
 def test_manual_optimization_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"init='gradient'.*manual optimization"):
+    with pytest.raises(LoRAError, match=r"init='gradient'.*manual optimization"):
         start(tmp_path, TwoOptimizersNet())
 
 

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -13,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import LlamaModel as Llama
 
 from lightning_lora import adapters, inject
-from lightning_lora.inject import merge
-from lightning_lora.options import Options
-from lightning_lora.targets import resolve
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.inject import merge
+from lightning_lora.injection.options import Options
+from lightning_lora.injection.targets import resolve
 
 TINY = LlamaConfig(
     vocab_size=32,
@@ -253,8 +253,8 @@ def test_a_module_without_linears_is_refused_with_what_it_holds():
 def test_a_second_injection_is_refused_and_leaves_the_first():
     module = Net()
     inject(module, rank=2)
-    assert_refuses(module, MisconfigurationException, "has adapters already, in 'encoder.0' and 3 more", rank=2)
-    assert_refuses(nn.Sequential(module), MisconfigurationException, "has adapters already", rank=2)
+    assert_refuses(module, LoRAError, "has adapters already, in 'encoder.0' and 3 more", rank=2)
+    assert_refuses(nn.Sequential(module), LoRAError, "has adapters already", rank=2)
     merge(module)
     assert inject(module, rank=2)
 
@@ -267,7 +267,7 @@ def tied():
 
 
 def test_a_tied_weight_is_refused_with_both_names():
-    assert_refuses(tied(), MisconfigurationException, "'head' is tied: 'embed.weight' and 'head.weight'", rank=2)
+    assert_refuses(tied(), LoRAError, "'head' is tied: 'embed.weight' and 'head.weight'", rank=2)
     assert "head" not in inject(tied(), rank=2, exclude_modules=["head"])
 
 
@@ -275,14 +275,14 @@ def test_the_tied_head_of_a_language_model_is_refused_when_it_is_named():
     config = copy.deepcopy(TINY)
     config.tie_word_embeddings = True
     model = LlamaForCausalLM(config)
-    assert_refuses(model, MisconfigurationException, "'lm_head' is tied", rank=2, target_modules=["lm_head"])
+    assert_refuses(model, LoRAError, "'lm_head' is tied", rank=2, target_modules=["lm_head"])
     assert "lm_head" not in inject(model, rank=2)
 
 
 def test_a_layer_on_the_meta_device_is_refused():
     module = Net()
     module.head = nn.Linear(8, 3, device="meta")
-    assert_refuses(module, MisconfigurationException, "'head' .Linear. is on the meta device", rank=2)
+    assert_refuses(module, LoRAError, "'head' .Linear. is on the meta device", rank=2)
 
 
 def test_a_lazy_layer_is_refused():
@@ -294,7 +294,7 @@ def test_a_lazy_layer_is_refused():
 
 def assert_refuses_lazy(module):
     before = structure(module)
-    with pytest.raises(MisconfigurationException, match=r"'1' \(LazyLinear\) is lazy"):
+    with pytest.raises(LoRAError, match=r"'1' \(LazyLinear\) is lazy"):
         inject(module, rank=2)
     assert structure(module) == before
 
@@ -310,13 +310,13 @@ def assert_refuses_lazy(module):
 def test_a_computed_weight_is_refused(make_computed):
     module = nn.Sequential(nn.Linear(4, 4))
     make_computed(module[0])
-    assert_refuses(module, MisconfigurationException, "'0' .* is computed by a parametrization", rank=2)
+    assert_refuses(module, LoRAError, "'0' .* is computed by a parametrization", rank=2)
 
 
 def test_an_integer_weight_is_refused():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     module[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    assert_refuses(module, MisconfigurationException, r"'1' \(Linear\) is stored as torch.int8", rank=2)
+    assert_refuses(module, LoRAError, r"'1' \(Linear\) is stored as torch.int8", rank=2)
 
 
 def test_the_output_projection_of_multihead_attention_which_is_never_called_is_projected():
@@ -330,10 +330,10 @@ def test_the_output_projection_of_multihead_attention_which_is_never_called_is_p
 def test_a_layer_with_an_attribute_of_the_adapters_name_is_refused():
     module = nn.Sequential(nn.Linear(4, 4))
     module[0].lora = nn.Identity()
-    assert_refuses(module, MisconfigurationException, r"'0' \(Linear\) has an attribute `lora`", rank=2)
+    assert_refuses(module, LoRAError, r"'0' \(Linear\) has an attribute `lora`", rank=2)
 
 
 def test_an_integer_parameter_is_not_trained_in_full():
     module = Net()
     module.conv.register_parameter("table", nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False))
-    assert_refuses(module, MisconfigurationException, "'conv.table' is torch.int64", rank=2, modules_to_save=["conv"])
+    assert_refuses(module, LoRAError, "'conv.table' is torch.int64", rank=2, modules_to_save=["conv"])

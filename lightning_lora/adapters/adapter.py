@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import draws, shards
-from lightning_lora.adapters import initial
-from lightning_lora.rounding import round_stochastically
+from lightning_lora.adapters import draws, initial
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.rounding import round_stochastically
 
 DECOMPOSITIONS: dict[str, type[Adapter]] = {}
 """Name of a decomposition -> its class."""

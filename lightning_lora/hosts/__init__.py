@@ -15,8 +15,8 @@ from lightning_lora.hosts.choose import (
 )
 from lightning_lora.hosts.host import Host
 from lightning_lora.hosts.parameter import ParameterHost, read_names
-from lightning_lora.hosts.quantized import storage_of
 from lightning_lora.hosts.swap import Swapped, swap, unswap
+from lightning_lora.weights.quantized import storage_of
 
 __all__ = [
     "SUPPORTED",

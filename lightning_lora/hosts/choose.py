@@ -11,7 +11,8 @@ from lightning_lora.hosts.conv import FactoredConvHost, MergedConvHost
 from lightning_lora.hosts.embedding import FactoredEmbeddingHost, MergedEmbeddingHost
 from lightning_lora.hosts.host import LayerHost
 from lightning_lora.hosts.linear import FusedConv1DHost, FusedLinearHost, LinearHost, MergedLinearHost
-from lightning_lora.hosts.quantized import QuantizedLinearHost, storage_of
+from lightning_lora.hosts.quantized import QuantizedLinearHost
+from lightning_lora.weights.quantized import storage_of
 
 SUPPORTED = (
     "torch.nn.Linear and its subclasses, nn.Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, RNN, LSTM and GRU,"

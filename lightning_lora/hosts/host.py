@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.errors import LoRAError
 from lightning_lora.hosts.swap import Swapped
 
 
@@ -23,7 +23,7 @@ class Host(Swapped):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by ``torch.jit.script``, before it fails."""
-        raise MisconfigurationException(
+        raise LoRAError(
             f"TorchScript cannot compile a {type(self).__name__} with an adapter. `merge` the module first, or a deep"
             " copy of it; or use `torch.export.export` or `torch.jit.trace`, which take it as it is."
         )

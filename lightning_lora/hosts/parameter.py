@@ -7,11 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_lora import shards
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients import projected
 from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import Host
+from lightning_lora.weights import sharded as shards
 
 
 class ParameterHost(Host):

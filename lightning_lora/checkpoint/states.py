@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_lora import draws, shards
-from lightning_lora.adapters import Adapter
-from lightning_lora.checkpoint_format import (
+from lightning_lora.adapters import Adapter, draws
+from lightning_lora.checkpoint.format import (
     KEY,
     NUMBERS,
     VERSION,
@@ -25,11 +22,13 @@ from lightning_lora.checkpoint_format import (
     dtype_of,
     weight_key,
 )
-from lightning_lora.hosts.quantized import Storage, is_quantized, storages, without_extras
-from lightning_lora.inject import Place, places, trained_besides
-from lightning_lora.names import state_key
-from lightning_lora.options import Options
-from lightning_lora.sharded_adapters import gathered
+from lightning_lora.errors import LoRAError, warn
+from lightning_lora.injection.inject import Place, places, trained_besides
+from lightning_lora.injection.naming import state_key
+from lightning_lora.injection.options import Options
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.quantized import Storage, is_quantized, storages, without_extras
+from lightning_lora.weights.sharded_adapters import gathered
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -67,14 +66,14 @@ def take_apart(
     What is left in ``state`` is the base model's: its keys, with what the weights hold while training.
 
     Raises:
-        MisconfigurationException: If ``state`` has an adapter and not its weight.
+        LoRAError: If ``state`` has an adapter and not its weight.
     """
     adapters: State = {}
     frozen: dict[str, Tensor | None] = {}
     for place in places(module):
         if f"{place.factors}A" in state:
             if place.key not in state:
-                raise MisconfigurationException(
+                raise LoRAError(
                     f"`checkpoint['state_dict']` has the adapter of {place.key!r} and not the weight, which a callback"
                     " has taken out in `on_save_checkpoint`: it can neither be merged nor be told from others. Leave"
                     " out what is frozen by `LoRA(checkpoint='adapter')`, not by a callback."
@@ -170,7 +169,7 @@ def take_in(checkpoint: State, module: nn.Module, exact: bool, held: State | Non
 
     Raises:
         ValueError: If the adapters in the file are malformed.
-        MisconfigurationException: If they are not those of this run, or stand on other weights.
+        LoRAError: If they are not those of this run, or stand on other weights.
     """
     if (payload := checkpoint.get(KEY)) is None:
         return
@@ -253,13 +252,13 @@ def _put_base_back(
     if not others:
         return
     if payload["form"] == "adapter":
-        raise MisconfigurationException(
+        raise LoRAError(
             f"The checkpoint holds adapters only, and {_listed(others)} of this module are not the weights they were"
             " trained on. Load the same pretrained weights first."
         )
     if quantized := [key for key in others if key in stored]:
         difference = _differ(payload["base"].get(quantized[0]), stored[quantized[0]].fingerprint())
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{_listed(quantized)} of this module are quantised, and not what the checkpoint was trained on:"
             f" {difference}. What is quantised cannot be recovered from merged weights. Build the module on the same"
             " pretrained weights, quantised in the same way and on the same kind of device."
@@ -275,7 +274,7 @@ def _put_base_back(
         # what each step was rounded by stays in W0
         remedy, with_error = "use the `gradient` of the run that was saved", "and gives them back with an error"
     if exact:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{reason}, and `exact_resume=True` was asked for. To resume exactly, {remedy}, or allow W0 to be recovered"
             " from the merged weights by `exact_resume=False`."
         )
@@ -284,7 +283,7 @@ def _put_base_back(
         if key in state:
             state[key], error = Adapter.from_state(entries[key]).folded_out_of(state[key])
             bound = max(bound, 1.05 * error)  # what is printed, two digits, is still a bound
-    rank_zero_warn(
+    warn(
         f"{reason}. W0 was recovered from the merged weights, {with_error} of at most {bound:.1e} in any entry, so"
         f" the run that resumes is close to the one that was saved but not bitwise equal. To resume exactly, {remedy};"
         " `exact_resume=True` makes this an error."
@@ -304,7 +303,7 @@ def _keep_quantized(state: State, payload: State, stored: Mapping[str, Storage])
     adapted = {weight_key(name, stored) for name in payload["adapters"]}
     others = [key for key in stored if key in adapted or not stored[key].has(payload["base"].get(key, ""))]
     if others:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{_listed(others)} of this module are quantised, and cannot hold the increments in the checkpoint. To"
             " evaluate it, load a file of `checkpoint='merged'` into the plain module, and quantise that if you like;"
             " or give it to the Trainer that ran `fit`, whose module is plain now."
@@ -316,12 +315,12 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
     saved = payload["adapters"]
     here = {place.name: place.adapter for place in found}
     if missing := [name for name in saved if name not in here]:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"The checkpoint has adapters for {_listed(missing)}, which this run does not adapt. Give the callback the"
             " options of the run that was saved."
         )
     if new := [name for name in here if name not in saved]:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"This run adapts {_listed(new)}, for which the checkpoint has no adapters. Give the callback the options"
             " of the run that was saved."
         )
@@ -343,13 +342,13 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
             ("dtype", given.A.dtype, entry["B"].dtype),
         ):
             if now != then:
-                raise MisconfigurationException(
+                raise LoRAError(
                     f"The adapter of {name!r} has {what} {then} in the checkpoint and {now} in this run. Give the"
                     " callback the options of the run that was saved."
                 )
     names = trained_besides(module)
     if set(names) != set(payload["trained"]):
-        raise MisconfigurationException(
+        raise LoRAError(
             f"Besides the adapters, the checkpoint trained {_listed(payload['trained'])} and this run trains"
             f" {_listed(names)}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
         )

@@ -12,12 +12,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
+
+from lightning_lora.errors import LoRAError
 
 FEWEST = 4
 """Batches, where a step accumulates fewer."""
@@ -27,10 +28,10 @@ def first_losses(trainer: pl.Trainer, pl_module: pl.LightningModule, passes: int
     """What gives, each time it is called, the losses of the batches of the first optimizer step, at least 4.
 
     Raises:
-        MisconfigurationException: If the module optimizes by itself, so that its ``training_step`` takes steps.
+        LoRAError: If the module optimizes by itself, so that its ``training_step`` takes steps.
     """
     if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
+        raise LoRAError(
             "`init='gradient'` calls `training_step` before training, and with manual optimization that would take"
             " optimizer steps. Use another `init`."
         )

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lightning_lora import shards
 from lightning_lora.adapters import Adapter
+from lightning_lora.weights import sharded as shards
 
 
 @contextmanager

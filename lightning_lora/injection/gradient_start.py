@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import draws
-from lightning_lora.inject import Place, places
+from lightning_lora.adapters import draws
+from lightning_lora.injection.inject import Place, places
 
 GAMMA = 16
 POWER_ITERATIONS = 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_lora.adapters import DECOMPOSITIONS
+from lightning_lora.errors import LoRAError
 from lightning_lora.hosts import (
     SUPPORTED,
     Host,
@@ -23,8 +23,8 @@ from lightning_lora.hosts import (
     stacks,
     storage_of,
 )
-from lightning_lora.names import plain_name
-from lightning_lora.options import Options, Rule, matches, matches_pattern, matches_suffix, nearest
+from lightning_lora.injection.naming import plain_name
+from lightning_lora.injection.options import Options, Rule, matches, matches_pattern, matches_suffix, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def resolve(root: nn.Module, options: Options) -> Targets:
 
     Raises:
         ValueError: If a name or pattern matches nothing, a target is no supported layer, or a rank exceeds a layer.
-        MisconfigurationException: If a target cannot carry an adapter as it is: adapted already, tied, not
+        LoRAError: If a target cannot carry an adapter as it is: adapted already, tied, not
             materialised, sharded, quantised, parametrized.
     """
     # of a wrapper and what it wraps, the latter: it comes later
@@ -186,7 +186,7 @@ def _nothing_left(root: nn.Module, options: Options, dropped: list[str], modules
 def _check_layer(name: str, module: nn.Module, gradient: str) -> None:
     kind = type(module).__name__
     if isinstance(module, Host):
-        raise MisconfigurationException(f"{name!r} has an adapter already. `merge` the module before injecting again.")
+        raise LoRAError(f"{name!r} has an adapter already. `merge` the module before injecting again.")
     if not is_supported(module):
         below = [plain_name(path) for path, child in module.named_modules(prefix=name) if is_supported(child)]
         hint = f" Inside it there is {', '.join(below[:8])}." if below else ""
@@ -194,15 +194,15 @@ def _check_layer(name: str, module: nn.Module, gradient: str) -> None:
     if not isinstance(module, nn.Embedding):
         return
     if module.sparse:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{name!r} is an Embedding with `sparse=True`. The gradients of its adapter are dense; use `sparse=False`."
         )
     if module.max_norm is not None:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{name!r} is an Embedding with `max_norm={module.max_norm}`, which rewrites the frozen weight in forward."
         )
     if module.scale_grad_by_freq and gradient != "projected":
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{name!r} is an Embedding with `scale_grad_by_freq=True`, which only `gradient='projected'` supports."
         )
 
@@ -221,30 +221,26 @@ def _check_twice(found: list[Target]) -> None:
 def _check_weight(target: Target) -> None:
     name, kind = target.name, type(target.module).__name__
     if hasattr(target.module, "lora") and not isinstance(target.module, Host):
-        raise MisconfigurationException(
-            f"{name!r} ({kind}) has an attribute `lora`, the name an adapter is kept under."
-        )
+        raise LoRAError(f"{name!r} ({kind}) has an attribute `lora`, the name an adapter is kept under.")
     weight = target.module._parameters.get(target.parameter)
     if weight is None:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"The weight of {name!r} ({kind}) is computed by a parametrization or a hook, so no adapter can be merged"
             " into it. Remove the parametrization, or name the module in `exclude_modules`."
         )
     if isinstance(weight, UninitializedParameter):
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{name!r} ({kind}) is lazy and its shape is not known yet. Run one batch through the module before `fit`."
         )
     if weight.is_meta:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"The weight of {name!r} ({kind}) is on the meta device: it has no values to adapt. Load or materialise the"
             " model in `__init__`, `setup` or `configure_model`."
         )
     if isinstance(weight, DTensor):
-        raise MisconfigurationException(
-            f"The weight of {name!r} ({kind}) is sharded already. Sharded modules are not supported."
-        )
+        raise LoRAError(f"The weight of {name!r} ({kind}) is sharded already. Sharded modules are not supported.")
     if (weight.dim() < 2 or not weight.is_floating_point()) and storage_of(target.module) is None:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"The weight of {name!r} ({kind}) is stored as {weight.dtype} in the shape {tuple(weight.shape)}."
             " Of quantised weights, those of bitsandbytes' `Linear8bitLt` and `Linear4bit` are supported, and torchao's"
             " in a Linear."
@@ -257,20 +253,20 @@ def _check_quantized(target: Target, options: Options) -> None:
         return
     what = f"The weight of {target.name!r} ({type(target.module).__name__}) is quantised ({stored.name})"
     if (trouble := stored.trouble()) is not None:
-        raise MisconfigurationException(f"The weight of {target.name!r} ({type(target.module).__name__}) {trouble}.")
+        raise LoRAError(f"The weight of {target.name!r} ({type(target.module).__name__}) {trouble}.")
     if DECOMPOSITIONS[options.decomposition].rescales:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{what}, and `decomposition={options.decomposition!r}` would dequantise it in every step for the norms of"
             " its rows. Use `decomposition='product'` or 'additive'."
         )
     if target.mixin.holds_increment:
         given = f"`gradient={options.gradient!r}`" if options.gradient != "factored" else "`target_parameters`"
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{what} and cannot hold an increment, as {given} asks. Use `gradient='factored'` and name it in"
             " `target_modules`."
         )
     if options.init == "gradient":
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{what} and has no gradient, which `init='gradient'` starts from. Use `init='pissa'`, or another."
         )
 
@@ -307,7 +303,7 @@ def _with_ties(root: nn.Module, found: list[Target]) -> list[Target]:
         places = owners[target.weight]
         if len(places) > 1 and target.mixin is not ParameterHost:
             shared = " and ".join(repr(f"{prefix}.{key}".lstrip(".")) for prefix, _, key in places)
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"The weight of {target.name!r} is tied: {shared} are one parameter, and an adapter in one place would"
                 f" change the other when merged. Add {target.name!r} to `exclude_modules`, or use"
                 " `gradient='projected'`, which adapts both."
@@ -334,12 +330,12 @@ def _trained_besides(root: nn.Module, options: Options, found: list[Target]) -> 
         parameter = root.get_parameter(name)
         owner, _, key = name.rpartition(".")
         if key == "weight" and (stored := storage_of(root.get_submodule(owner))) is not None:
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"{name!r} is quantised ({stored.name}) and cannot be trained in full, as `modules_to_save` asks. Keep"
                 " that module out of the quantisation, or let it have an adapter."
             )
         if not parameter.is_floating_point():
-            raise MisconfigurationException(f"{name!r} is {parameter.dtype} and cannot be trained.")
+            raise LoRAError(f"{name!r} is {parameter.dtype} and cannot be trained.")
         if parameter in adapted:
             raise ValueError(
                 f"{name!r} is to be trained in full by `modules_to_save`, and is tied to a weight that gets an adapter."

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from lightning_lora import shards
-from lightning_lora.inject import take_out, trained_without
+from lightning_lora.injection.inject import take_out, trained_without
+from lightning_lora.weights import sharded as shards
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:

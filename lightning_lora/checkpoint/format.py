@@ -24,13 +24,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
-from lightning_lora.hosts.quantized import Storage, is_quantized
-from lightning_lora.names import plain_name
-from lightning_lora.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMPLES, check_choice
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.naming import plain_name
+from lightning_lora.injection.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMPLES, check_choice
+from lightning_lora.weights.quantized import Storage, is_quantized
 
 KEY = "lightning_lora"
 VERSION = 1
@@ -46,7 +46,7 @@ def check_format(payload: Any) -> None:
     if not _is_int(version) or version < 1:
         raise _malformed("it has no version")
     if version > VERSION:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"The checkpoint's adapters are saved in format {version}; this version of lightning-lora reads"
             f" formats up to {VERSION}. Upgrade lightning-lora."
         )

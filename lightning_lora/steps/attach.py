@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_lora import shards
 from lightning_lora.adapters import Adapter
-from lightning_lora.inject import Injection, Place, adapters, places
-from lightning_lora.optimizer_states import makes_states
-from lightning_lora.options import Options
-from lightning_lora.resample import check_moments, draw_anew, forget, warn_of_decay
-from lightning_lora.sharded_adapters import follow_step
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.inject import Injection, Place, adapters, places
+from lightning_lora.injection.options import Options
+from lightning_lora.memory.optimizer_states import makes_states
+from lightning_lora.steps.resample import check_moments, draw_anew, forget, warn_of_decay
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.sharded_adapters import follow_step
 
 _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 """Adapter -> the optimizers whose steps it follows."""
@@ -62,7 +62,7 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
 
     Raises:
         ValueError: If ``optimizer`` has no factor of any adapter of ``module``.
-        MisconfigurationException: If ``optimizer`` calls its closure more than once for a step, as LBFGS does: it
+        LoRAError: If ``optimizer`` calls its closure more than once for a step, as LBFGS does: it
             would see weights that are out of step with the factors. If factors that are drawn together are in two
             optimizers, or their moments cannot be treated as ``resample_moments`` says. If it is attached already.
     """
@@ -119,21 +119,21 @@ class Follower:
         self._B = place.adapter.B.detach()
 
     def check(self, optimizer: Optimizer, owned: set[Tensor]) -> None:
-        """Raises ``MisconfigurationException`` if ``optimizer`` cannot be followed."""
+        """Raises ``LoRAError`` if ``optimizer`` cannot be followed."""
         if isinstance(optimizer, LBFGS):
-            raise MisconfigurationException(
+            raise LoRAError(
                 "LBFGS computes the loss several times for a step, and the weight of"
                 f" {self.place.name!r} follows its adapter only between steps. Use `gradient='factored'` with LBFGS,"
                 " and no `lr_ratio`."
             )
         if self.options.lr_ratio is not None and "B" in self.adapter.fixed:
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"`lr_ratio={self.options.lr_ratio}` is the learning rate of B over that of A, and"
                 f" `decomposition={self.options.decomposition!r}` does not train B. Leave it out."
             )
         followed = _FOLLOWED.get(self.adapter, ())
         if optimizer in followed:
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"The adapter of {self.place.name!r} is attached to this {type(optimizer).__name__} already, and would"
                 " follow each step twice. Call `remove()` on the handle first."
             )
@@ -142,7 +142,7 @@ class Follower:
             if self.adapter.resample == "both":
                 warn_of_decay(optimizer, set(self.adapter.trained.values()))
             if followed or not all(p in owned for p in self.adapter.trained.values()):
-                raise MisconfigurationException(
+                raise LoRAError(
                     f"A and B of {self.place.name!r} are in two optimizers, and they are drawn anew together. Give both"
                     " to one."
                 )
@@ -188,7 +188,7 @@ def _once(closure: Callable[[], Any]) -> Callable[[], Any]:
     def wrapped() -> Any:
         nonlocal called
         if called:
-            raise MisconfigurationException(
+            raise LoRAError(
                 "The optimizer called its closure twice in one step, and weights follow their adapters only between"
                 " steps. Use `gradient='factored'` with this optimizer."
             )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from lightning_lora import shards
 from lightning_lora.adapters import Adapter
-from lightning_lora.sharded_adapters import gathered
+from lightning_lora.errors import LoRAError, warn
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.sharded_adapters import gathered
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
@@ -22,9 +21,9 @@ rank as large as its side, can be nearly singular."""
 
 
 def check_moments(optimizer: Optimizer, moments: str) -> None:
-    """Raises ``MisconfigurationException`` if what ``optimizer`` keeps is not known, so that only a reset is safe."""
+    """Raises ``LoRAError`` if what ``optimizer`` keeps is not known, so that only a reset is safe."""
     if moments != "reset" and not isinstance(optimizer, SGD | Adam | AdamW):
-        raise MisconfigurationException(
+        raise LoRAError(
             f"`resample_moments={moments!r}` supports SGD, Adam and AdamW, and what {type(optimizer).__name__} keeps"
             " for each parameter is not known. Use `resample_moments='reset'`."
         )
@@ -34,7 +33,7 @@ def warn_of_decay(optimizer: Optimizer, factors: set[nn.Parameter]) -> None:
     """Warns if ``optimizer`` shrinks ``factors``, both of them drawn."""
     for group in optimizer.param_groups:
         if group.get("weight_decay") and not factors.isdisjoint(group["params"]):
-            rank_zero_warn(
+            warn(
                 f"{type(optimizer).__name__} has `weight_decay={group['weight_decay']}`, which shrinks A and B. They"
                 " are random with `resample='both'`, so what it adds to the weights is noise. Use `weight_decay=0`."
             )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora import shards
-from lightning_lora.activations import nbytes, plain_tensors
+from lightning_lora.memory.activations import nbytes, plain_tensors
+from lightning_lora.weights import sharded as shards
 
 Owner = tuple[Optimizer, Mapping[str, Any]]
 """An optimizer and one of its groups."""

@@ -2,8 +2,8 @@
 
 They are those of the article (https://kexue.fm/archives/9590): parameters, gradients, optimizer states, activations.
 What can be read off the run is measured. The rest is derived from steps that cost next to nothing: one of the plain
-module without data (:mod:`~lightning_lora.activations`) and one of the same optimizer on small parameters
-(:mod:`~lightning_lora.optimizer_states`).
+module without data (:mod:`~lightning_lora.memory.activations`) and one of the same optimizer on small parameters
+(:mod:`~lightning_lora.memory.optimizer_states`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lightning_lora import shards
-from lightning_lora.activations import Activations, dry_run, hollow, nbytes, new_mode, watch_step
 from lightning_lora.hosts import ParameterHost
-from lightning_lora.hosts.quantized import storages
-from lightning_lora.inject import inject_options, places, trained_without
-from lightning_lora.optimizer_states import Owner, derived_nbytes, makes_states, measured_nbytes, owners
-from lightning_lora.options import Options
-from lightning_lora.summary import Table
+from lightning_lora.injection.inject import inject_options, places, trained_without
+from lightning_lora.injection.options import Options
+from lightning_lora.memory.activations import Activations, dry_run, hollow, nbytes, new_mode, watch_step
+from lightning_lora.memory.optimizer_states import Owner, derived_nbytes, makes_states, measured_nbytes, owners
+from lightning_lora.trainer.tables import Table
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.quantized import storages
 
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")

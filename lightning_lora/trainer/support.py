@@ -23,11 +23,11 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lora import shards
-from lightning_lora.inject import Injection, adapters, places
-from lightning_lora.options import Options
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.inject import Injection, adapters, places
+from lightning_lora.injection.options import Options
+from lightning_lora.weights import sharded as shards
 
 try:  # from Lightning 2.6
     from lightning.pytorch.callbacks import WeightAveraging
@@ -70,19 +70,19 @@ REFUSED_PRECISIONS: Mapping[type[Precision], str] = {
 def refuse_unsupported(trainer: pl.Trainer) -> None:
     for strategy, reason in REFUSED_STRATEGIES.items():
         if isinstance(trainer.strategy, strategy):
-            raise MisconfigurationException(f"LoRA does not support {type(trainer.strategy).__name__}: {reason}.")
+            raise LoRAError(f"LoRA does not support {type(trainer.strategy).__name__}: {reason}.")
     if not isinstance(trainer.strategy, SUPPORTED_STRATEGIES):
-        raise MisconfigurationException(
+        raise LoRAError(
             f"LoRA does not support {type(trainer.strategy).__name__}, which may shard or wrap the module in its"
             f" own way. It supports {', '.join(strategy.__name__ for strategy in SUPPORTED_STRATEGIES)}."
         )
     for plugin, reason in REFUSED_PRECISIONS.items():
         if isinstance(trainer.precision_plugin, plugin):
-            raise MisconfigurationException(f"LoRA does not support {plugin.__name__}: {reason}.")
+            raise LoRAError(f"LoRA does not support {plugin.__name__}: {reason}.")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in REFUSED.items():
             if isinstance(callback, kind):
-                raise MisconfigurationException(
+                raise LoRAError(
                     f"LoRA cannot be combined with {type(callback).__name__}: {reason}. Remove one of them."
                 )
 
@@ -91,17 +91,17 @@ def refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: st
     """Refuses what is not done to weights of which every process has a part."""
     name = type(strategy).__name__
     if strategy.device_mesh["tensor_parallel"].size() > 1:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"LoRA supports {name} with `tensor_parallel_size=1` only: a layer that is split over processes would need"
             " an adapter split alike. Use `data_parallel_size` for all of them, with `fully_shard`."
         )
     if options.init == "gradient":
-        raise MisconfigurationException(
+        raise LoRAError(
             f"`init='gradient'` needs gradients of whole weights before adapters are put in, and under {name} adapters"
             " are put in before sharding. Use another `init`, such as 'pissa'."
         )
     if form != "merged":
-        raise MisconfigurationException(
+        raise LoRAError(
             f"`checkpoint={form!r}` leaves weights out of the file, and {name} loads no file without all of them. Use"
             " `checkpoint='merged'`."
         )
@@ -111,7 +111,7 @@ def check_sharded(pl_module: pl.LightningModule) -> None:
     """Every adapter needs its gradients to be reduced over the processes."""
     for name, adapter in adapters(pl_module).items():
         if not all(shards.is_part(p) for p in adapter.trained.values()):
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"The adapter of {name!r} is not sharded, so each process would train one of its own. In"
                 f" `configure_model`, call `fully_shard` on {name!r} or a module round it, after `inject`."
             )
@@ -134,7 +134,7 @@ def check_there(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             found = adapters(owner)
             if len(found) < len(injection.adapted):  # a shared layer may go by another name
                 gone = [name for name in injection.adapted if name not in found]
-                raise MisconfigurationException(
+                raise LoRAError(
                     f"The adapter of {gone[0]!r} and {len(gone) - 1} more are gone: other layers have been put in the"
                     f" place of theirs since, by {type(trainer.precision_plugin).__name__} or the module's own code."
                     " Replace layers in `__init__`, `setup` or `configure_model`, before the adapters are put in."
@@ -147,17 +147,17 @@ def check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     for place in places(pl_module):
         name, adapter = place.name, place.adapter
         if place.weight.requires_grad:
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"The weight of {name!r} was unfrozen after its adapter was put in. An adapted weight stays frozen; to"
                 " train a module in full, name it in `modules_to_save`."
             )
         if not all(p.requires_grad for p in adapter.trained.values()):
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"The adapter of {name!r} is frozen, so it would not be trained. Do not freeze the module after `setup`"
                 " and `configure_model`: LoRA freezes the pretrained weights by itself."
             )
         if not all(p in optimized for p in adapter.trained.values()):
-            raise MisconfigurationException(
+            raise LoRAError(
                 f"No optimizer has the adapter of {name!r}. Make the optimizer in `configure_optimizers`, of"
                 " `self.parameters()` or those of them that require gradients: it is called after the adapters are put"
                 " in. A list made in `__init__` is older than they are, and so is what LightningCLI's `--optimizer`"

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.model_summary.model_summary import get_human_re
 from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 
-from lightning_lora.hosts.quantized import numel
-from lightning_lora.inject import adapters, places
+from lightning_lora.injection.inject import adapters, places
+from lightning_lora.weights.quantized import numel
 
 log = logging.getLogger(__name__)
 

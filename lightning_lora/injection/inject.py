@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_lora import shards, targets
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
+from lightning_lora.errors import LoRAError
 from lightning_lora.hosts import (
     Host,
     ParameterHost,
@@ -24,9 +23,11 @@ from lightning_lora.hosts import (
     unswap,
     zero_factor,
 )
-from lightning_lora.hosts.quantized import REWRITES, storages
-from lightning_lora.names import plain_name, state_key, unwrapped
-from lightning_lora.options import Options
+from lightning_lora.injection import targets
+from lightning_lora.injection.naming import plain_name, state_key, unwrapped
+from lightning_lora.injection.options import Options
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.quantized import REWRITES, storages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def inject(module: nn.Module, **options: Any) -> list[str]:
     Raises:
         TypeError: If there is no such option.
         ValueError: If an option has a bad value, or matches nothing in ``module``.
-        MisconfigurationException: If ``module`` has adapters already, or a target cannot carry one.
+        LoRAError: If ``module`` has adapters already, or a target cannot carry one.
         In each case ``module`` is as it was.
     """
     if options.get("init") == "gradient":
@@ -93,13 +94,13 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
     """:func:`inject` for options that have been validated."""
     module = unwrapped(module)
     if present := adapters(module):
-        raise MisconfigurationException(
+        raise LoRAError(
             f"{type(module).__name__} has adapters already, in {next(iter(present))!r} and {len(present) - 1} more."
             " `merge` it before injecting again."
         )
     found = targets.resolve(module, options)
     if parts := [target.name for target in found.adapted if shards.is_part(target.weight)]:
-        raise MisconfigurationException(
+        raise LoRAError(
             f"The weight of {parts[0]!r} is sharded already, and an adapter has to be sharded with it. Call"
             " `lightning_lora.inject` in `configure_model`, with the options of the callback, before `fully_shard`."
         )

@@ -1,0 +1,1 @@
+"""Options and a module in, adapted layers out, and back."""

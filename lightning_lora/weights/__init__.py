@@ -1,0 +1,1 @@
+"""Weights, however they are stored: plain, sharded, quantised; and rounding into them."""
