@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from lightning_lora.hosts import (
 )
 from lightning_lora.injection import targets
 from lightning_lora.injection.naming import plain_name, state_key, unwrapped
-from lightning_lora.injection.options import Options
+from lightning_lora.injection.options import Options, differences
 from lightning_lora.weights import sharded as shards
 from lightning_lora.weights.quantized import REWRITES, storages
 
@@ -62,6 +63,14 @@ class Place:
     adapter: Adapter
     weight: Tensor
 
+    def named_factors(self) -> dict[str, nn.Parameter]:
+        """Return the trained tensors of the adapter by their names in the module."""
+        return {f"{self.factors}{name}": p for name, p in self.adapter.trained.items()}
+
+
+INJECTED_BY_CALLBACK: ContextVar[Options | None] = ContextVar("INJECTED_BY_CALLBACK", default=None)
+"""Options that the callback has injected before the module's ``configure_model``, while that runs."""
+
 
 def inject(module: nn.Module, **options: Any) -> list[str]:
     """Freezes ``module`` and puts an adapter into every layer that ``options`` target.
@@ -87,7 +96,12 @@ def inject(module: nn.Module, **options: Any) -> list[str]:
             "`init='gradient'` needs batches to compute gradients of, which `inject` has not. Use the `LoRA` callback,"
             " or another `init`."
         )
-    return inject_options(module, Options(**options)).adapted
+    given = Options(**options)
+    if (present := INJECTED_BY_CALLBACK.get()) is not None and adapters(module):
+        if difference := differences(given, present):
+            raise LoRAError(f"The callback has injected other options already: {difference}. Give both the same.")
+        return list(adapters(module))
+    return inject_options(module, given).adapted
 
 
 def inject_options(module: nn.Module, options: Options) -> Injection:
@@ -268,11 +282,29 @@ def merging_errors(module: nn.Module) -> dict[str, tuple[float, float]]:
     return errors
 
 
-def injections(module: nn.Module) -> Iterator[Injection]:
-    """What :func:`inject` did to ``module`` and to modules inside it."""
+def injections_with_owners(module: nn.Module) -> Iterator[tuple[nn.Module, Injection]]:
+    """Yield the modules in ``module`` that were injected, each with what was done to it."""
     for owner in module.modules():
         if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
-            yield injection
+            yield owner, injection
+
+
+def take_out_adapters(module: nn.Module, names: Collection[str]) -> None:
+    """Take the adapters called ``names`` out of ``module``; their weights stay frozen, as they stand."""
+    for place in [place for place in places(module) if place.name in names]:
+        host = place.host
+        if isinstance(host, Host) and all(adapter is place.adapter for adapter in host.adapted().values()):
+            unswap(host)
+        elif isinstance(host, ParameterHost):
+            del host.lora[place.key.rpartition(".")[2]]
+    for _, injection in injections_with_owners(module):
+        injection.adapted[:] = [name for name in injection.adapted if name not in names]
+
+
+def injections(module: nn.Module) -> Iterator[Injection]:
+    """What :func:`inject` did to ``module`` and to modules inside it."""
+    for _, injection in injections_with_owners(module):
+        yield injection
 
 
 def trained_besides(module: nn.Module) -> list[str]:

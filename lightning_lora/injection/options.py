@@ -196,6 +196,12 @@ class Options:
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
+def differences(a: Options, b: Options) -> str:
+    """Return how ``a`` differs from ``b``, as ``rank=4 instead of 8``; empty where they are equal."""
+    first, second = a.to_primitives(), b.to_primitives()
+    return ", ".join(f"{n}={first[n]!r} instead of {second[n]!r}" for n in first if first[n] != second[n])
+
+
 def check_choice(option: str, given: Any, allowed: Sequence[str]) -> None:
     if given not in allowed:
         hint = nearest(given, allowed) if isinstance(given, str) else ""

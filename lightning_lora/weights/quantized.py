@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import draws
 from lightning_lora.injection.naming import state_key
+from lightning_lora.weights.digest import digest
 
 
 class Storage:
@@ -82,7 +82,7 @@ class Storage:
         return expected.split(":", 1)[-1] == self.fingerprint().split(":", 1)[-1]
 
     def _stored(self) -> str:
-        digests = "".join(draws.digest(tensor) for tensor in self.tensors())
+        digests = "".join(digest(tensor) for tensor in self.tensors())
         return f"{self.name}:{hashlib.sha256(digests.encode()).hexdigest()}"
 
     @torch.no_grad()
