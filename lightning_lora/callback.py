@@ -27,7 +27,8 @@ from lightning_lora.hosts import Swapped, swap, unswap
 from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
 from lightning_lora.injection.inject import adapters, inject_options, injections, merge, merging_errors, places
 from lightning_lora.injection.options import CHECKPOINTS, Options, check_choice
-from lightning_lora.memory.report import MemoryMeter, MemoryReport
+from lightning_lora.memory.meter import MemoryMeter
+from lightning_lora.memory.report import MemoryReport
 from lightning_lora.steps.attach import Handle, attach
 from lightning_lora.trainer import support as checks
 from lightning_lora.trainer.first_batches import first_losses
@@ -307,6 +308,16 @@ class LoRA(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Watches the first step."""
+        if self._meter is not None:
+            self._meter.begin_batch(batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends the watch where ``on_train_batch_start`` of the module skipped the batch."""
+        if self._meter is not None:
+            self._meter.end_batch()
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Strikes out, until the first batch is over, the adapters that a gradient reached."""
         if self._idle:
@@ -329,6 +340,8 @@ class LoRA(Callback):
                 " use `use_reentrant=False`: a frozen input gives it no gradient to pass on."
             )
             self._idle = set()
+        if self._meter is not None:
+            self._meter.end_batch()
         if self._meter is not None and (report := self._meter.report) is not None:
             self.memory = report
             self._forget_meter()
@@ -449,8 +462,6 @@ class _Run(Swapped, pl.LightningModule):
     def __getstate__(self) -> Any:
         """A copy is a module with adapters, of no run."""
         state = super().__getstate__()
-        if (meter := self.lora_callback._meter) is not None:
-            meter.restore_step(state)
         return state
 
     def configure_model(self) -> None:
