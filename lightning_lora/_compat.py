@@ -94,3 +94,8 @@ def quiet_fake_tensors() -> Iterator[None]:
 def is_fake(tensor: Any) -> bool:
     """Tell whether ``tensor`` has no data."""
     return isinstance(tensor, fake_tensors().FakeTensor)
+
+
+def no_torch_function() -> Any:
+    """Return a context in which no torch function mode and no ``__torch_function__`` is called."""
+    return torch._C.DisableTorchFunction()

@@ -140,8 +140,10 @@ class Watch(TorchFunctionMode):
         """Tensor -> its twin, or None for a tensor that full fine-tuning would have too, and no gradient for."""
         for tensor in _reachable([batch, *([*vars(child).values()] for child in module.modules())]):
             self._twins[tensor] = None
-        self._kept: list[Tensor] = []
-        self._over = self._counts = False
+        self._kept: list[Any] = []
+        self._inputs: list[Standing] = []
+        """What an activation checkpoint keeps, if anything inside it needs a gradient."""
+        self._over = self._counts = self._calling = False
         self._saves: list[Standing] = []
         """What the call that now runs has saved."""
         self._stack = ExitStack()
@@ -202,9 +204,21 @@ class Watch(TorchFunctionMode):
     # -------------------------------------------------------------------------------------------------- the step itself
 
     def _pack(self, tensor: Tensor) -> Standing:
-        standing = Standing(tensor, self.lora if self._counts and not self._over else None)
-        self._saves.append(standing)
+        if not self._counts or self._over:
+            return Standing(tensor, None)
+        standing = Standing(tensor, self.lora)
+        if self._calling:
+            self._saves.append(standing)
+        elif not self.unknown:  # an activation checkpoint keeps its inputs
+            with self._giving_up("what was saved"), _compat.no_torch_function():
+                self._inputs.append(self._beside(standing))
         return standing
+
+    def _beside(self, standing: Standing) -> Standing:
+        """Counts for full fine-tuning what was saved by code that cannot be followed."""
+        (key,) = storages([standing.tensor])
+        like = next((tensor for tensor in self._twins if key in storages([tensor])), None)
+        return Standing(self._twin(standing.tensor, known=True) if like is None else self._twin(like), self.full)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -213,6 +227,8 @@ class Watch(TorchFunctionMode):
         if func is Tensor.__iter__ and args[0].dim():
             return iter(self.__torch_function__(Tensor.unbind, types, args))
         twins, backward = None, func in BACKWARD
+        if not (hidden := _compat.top_pack_hook() != self._pack):
+            self._inputs.clear()
         self._counts = not backward or bool(kwargs.get("create_graph"))
         if not self.unknown:
             with self._giving_up(func):
@@ -222,11 +238,14 @@ class Watch(TorchFunctionMode):
                     self.reached |= {p for p in self._trained if id(self._twins.get(p)) in found}
         if backward and func is not torch.autograd.grad and not self._manual:
             self._over = True
-        self._saves = []
-        output = func(*args, **kwargs)
+        self._calling, self._saves = True, []
+        try:
+            output = func(*args, **kwargs)
+        finally:
+            self._calling = False
         if twins is not None and not self._over:
             with self._giving_up(func):
-                self._follow(func, (args, kwargs), twins, output)
+                self._follow(func, (args, kwargs), twins, output, hidden)
         self._counts, self._saves = True, []
         return output
 
@@ -266,16 +285,16 @@ class Watch(TorchFunctionMode):
             twin = self._mode.from_tensor(tensor.detach()).requires_grad_(tensor in self._trained)
         else:
             known = known or tensor in self._twins or not torch.is_grad_enabled() or not tensor.is_floating_point()
-            if not known or not tensor.is_leaf:
+            if not known:
                 raise LookupError(f"a tensor of shape {tuple(tensor.shape)} came from where torch shows nothing")
-            twin = self._mode.from_tensor(tensor)
+            twin = self._mode.from_tensor(tensor if tensor.is_leaf else tensor.detach())
         if not self.lora.ignored.isdisjoint(storages([tensor])):
             self.full.ignored |= set(storages([twin]))
             self._kept.append(twin)
         self._twins[tensor] = twin
         return twin
 
-    def _follow(self, func: Any, given: Any, twins: Any, output: Any) -> None:
+    def _follow(self, func: Any, given: Any, twins: Any, output: Any, hidden: bool) -> None:
         """Does on ``twins`` what ``func`` did on the ``given`` arguments."""
         outputs = list(tensors_in(output))
         name, owner = getattr(func, "__name__", ""), getattr(func, "__self__", None)
@@ -292,12 +311,14 @@ class Watch(TorchFunctionMode):
         if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             self._follow_function(owner, given[0], twins[0], outputs)
             return
-        own_hooks = _compat.top_pack_hook() == self._pack
         packed: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Standing:
             packed.append(tensor)
-            return Standing(tensor, self.full if own_hooks and self._counts else None)
+            if hidden:
+                self._kept += self._inputs
+                self._inputs.clear()
+            return Standing(tensor, self.full if self._counts and not hidden else None)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack), self._mode:
             try:
@@ -307,7 +328,7 @@ class Watch(TorchFunctionMode):
                     result = func(*twins[0], **twins[1])
         self._pair(outputs, list(tensors_in(result)))
         workspaces = [tensor for tensor in packed if name in RECURRENT and tensor.dtype == torch.uint8]
-        if workspaces and own_hooks:
+        if workspaces and not hidden:
             self._add_workspaces(workspaces)
 
     def _pair(self, outputs: list[Tensor], twins: list[Tensor]) -> None:
@@ -336,12 +357,12 @@ class Watch(TorchFunctionMode):
             for output, twin in zip(outputs, new, strict=True):
                 if twin is not None:
                     self._twins[output] = twin.requires_grad_().clone() if output.requires_grad else twin
-        tensors = [tensor for tensor in (*args, *outputs) if isinstance(tensor, Tensor)]
-        by_storage = {key: self._twin(tensor) for tensor in tensors for key in storages([tensor])}
         for standing in self._saves:
-            (key,) = storages([standing.tensor])
-            twin = by_storage.get(key)
-            standing.beside = Standing(self._mode.from_tensor(standing.tensor) if twin is None else twin, self.full)
+            if cls.__name__ == "_NoopSaveInputs":  # in older torch
+                self._inputs.append(self._beside(standing))
+            else:
+                standing.beside = self._beside(standing)
+
 
 
 def leaves(roots: Iterable[Tensor]) -> set[int]:

@@ -52,18 +52,22 @@ def estimate_memory(
         ValueError: If there is neither ``batch`` nor ``example_input_array``, or an option has a bad value.
         Exception: Whatever the module raises where it needs the values of its activations.
     """
+    step = "training_step" if batch is not None and hasattr(module, "training_step") else "forward"
+    batch = getattr(module, "example_input_array", None) if batch is None else batch
+    if batch is None:
+        raise ValueError(f"{type(module).__name__} has no `example_input_array`: give `estimate_memory` a batch.")
     mode = _compat.fake_tensors().FakeTensorMode(allow_non_fake_inputs=True)  # batches, masks, positions keep values
     full, lora = _without_data(module, mode), _without_data(module, mode)
     with mode:
         inject_options(lora, Options(**options))
     made = [_optimizers(side, optimizer) for side in (lora, full)]
-    memories = [_memory(side, own, batch) for side, own in zip((lora, full), made, strict=True)]
+    memories = [_memory(side, own, step, batch) for side, own in zip((lora, full), made, strict=True)]
     return MemoryReport(*memories, notes=() if all(made) else ("no optimizer could be configured: AdamW",))
 
 
-def _memory(module: nn.Module, optimizers: list[Optimizer], batch: Any) -> Memory:
+def _memory(module: nn.Module, optimizers: list[Optimizer], step: str, batch: Any) -> Memory:
     optimizers = optimizers or [AdamW([p for p in module.parameters() if p.requires_grad])]
-    activations, trained = _dry_run(module, len(optimizers), batch)
+    activations, trained = _dry_run(module, len(optimizers), step, batch)
     known = owners(optimizers)
     return Memory(
         parameters=nbytes(module.parameters()),
@@ -98,10 +102,11 @@ def _without_data(module: nn.Module, mode: Any) -> Any:
     return memo[id(module)]
 
 
-def _dry_run(module: nn.Module, optimizers: int, batch: Any) -> tuple[int, list[nn.Parameter]]:
+def _dry_run(module: nn.Module, optimizers: int, step: str, batch: Any) -> tuple[int, list[nn.Parameter]]:
     """Bytes that a step saves for the backward, and the parameters that it would give gradients to."""
     saved = Saved(set(storages([*module.parameters(), *module.buffers()])))
-    step, args, kwargs = _call(module, batch)
+    device = next(module.parameters()).device
+    args = tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, copy.deepcopy(batch))
     for child in module.modules():
         if isinstance(child, Metric):
             vars(child).update({name: lambda *_, **__: torch.zeros(()) for name in ("forward", "update", "compute")})
@@ -114,27 +119,17 @@ def _dry_run(module: nn.Module, optimizers: int, batch: Any) -> tuple[int, list[
     # compiled modules run as they were written; where nothing was compiled, the compiler is not imported for this
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with _same_random_numbers(), _Unread(), eager, torch.enable_grad(), saved.counting():
-        output = step(*args, **kwargs)
+        if step == "training_step":
+            output = module.training_step(args, 0)
+        elif isinstance(args, dict):
+            output = module(**args)
+        else:
+            output = module(*args) if isinstance(args, list | tuple) else module(args)
     roots = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     trained, reached = [p for p in module.parameters() if p.requires_grad], leaves(roots)
     if not reached.issuperset(map(id, trained)):  # the graph does not show what a reentrant checkpoint has
         torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
     return saved.most, [p for p in trained if id(p) in reached or p.grad is not None]
-
-
-def _call(module: Any, batch: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """What a step of ``module`` calls, and with what."""
-    device = next(module.parameters()).device
-    step = hasattr(module, "training_step") and batch is not None
-    batch = copy.deepcopy(getattr(module, "example_input_array", None) if batch is None else batch)
-    if batch is None:
-        raise ValueError(f"{type(module).__name__} has no `example_input_array`: give `estimate_memory` a batch.")
-    batch = tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
-    if step:
-        return module.training_step, (batch, 0), {}
-    if isinstance(batch, dict):
-        return module, (), batch
-    return module, tuple(batch) if isinstance(batch, list | tuple) else (batch,), {}
 
 
 def _optimizers(module: nn.Module, make: Callable[[list[nn.Parameter]], Optimizer] | None) -> list[Optimizer]:
