@@ -3,7 +3,8 @@
 from lightning_lora.adapters import Adapter
 from lightning_lora.callback import LoRA
 from lightning_lora.injection.inject import adapters, inject, merge, merging_errors
-from lightning_lora.memory.report import Memory, MemoryReport, estimate_memory
+from lightning_lora.memory.estimate import estimate_memory
+from lightning_lora.memory.report import Memory, MemoryReport
 from lightning_lora.steps.attach import attach
 
 __version__ = "0.1.0"

@@ -2,9 +2,105 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
 from lightning_lora.errors import LoRAError
+
+
+def fake_tensors() -> Any:
+    """Return torch's module of tensors that have shape, dtype and device, and no data."""
+    import torch._subclasses.fake_tensor as fake
+
+    return fake
+
+
+def is_functorch_active() -> bool:
+    """Tell whether the call is inside ``torch.func.grad``, ``vmap`` or their like."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def top_pack_hook() -> Any:
+    """Return the pack hook of the innermost ``saved_tensors_hooks``, or None."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top and top[0]
+
+
+def remove_saved_tensors_hooks(pack: Any) -> None:
+    """Take the ``saved_tensors_hooks`` with this pack hook off the stack, whatever stands on them."""
+    autograd, above = torch._C._autograd, []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        autograd._pop_saved_tensors_default_hooks()
+        if top[0] == pack:
+            break
+        above.append(top)
+    for hooks in reversed(above):
+        autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def remove_function_mode(mode: TorchFunctionMode) -> None:
+    """Take ``mode`` off the stack of torch function modes, whatever stands on it."""
+    overrides: Any = torch.overrides
+    if mode in overrides._get_current_function_mode_stack():
+        above = []
+        while (top := overrides._pop_mode()) is not mode:
+            above.append(top)
+        for other in reversed(above):
+            overrides._push_mode(other)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``module``, or a module in it, was compiled by torch or is a ScriptModule."""
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+    return vars(module).get("_compiler_ctx") is not None or any(
+        isinstance(child, compiled) or child._compiled_call_impl is not None for child in module.modules()
+    )
+
+
+def before_compiled_calls(hook: Callable[[], None]) -> tuple[Any, str, Any] | None:
+    """Return what to replace, and by what, so that ``hook`` runs before each call of a compiled function.
+
+    None if nothing can have been compiled yet.
+    """
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None:
+        return None
+    original = frames._callback_from_stance
+
+    def callback(*args: Any) -> Any:
+        if callable(args[0]):  # not what takes the compiler off, as optimizers do
+            hook()
+        return original(*args)
+
+    return frames, "_callback_from_stance", callback
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Keep torch from logging what an operation on tensors without data raises."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def is_fake(tensor: Any) -> bool:
+    """Tell whether ``tensor`` has no data."""
+    return isinstance(tensor, fake_tensors().FakeTensor)
+
+
+def no_torch_function() -> Any:
+    """Return a context in which no torch function mode and no ``__torch_function__`` is called."""
+    return torch._C.DisableTorchFunction()
 
 
 def logs_hyperparameters(module: Any) -> bool:

@@ -203,7 +203,7 @@ class LoRA(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
         """Follow what the module's own code has unfrozen, and see that its hooks still reach the run."""
         run = self._running()
         run.check_hooks("on_train_start")
@@ -211,6 +211,13 @@ class LoRA(Callback):
         run.unfreeze()
         if run.batches == 1:
             run.check_untouched()
+        if run.meter is not None:
+            run.meter.begin_batch(batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the reading of memory where the module's ``on_train_batch_start`` skipped the batch."""
+        if (meter := self._running().meter) is not None:
+            meter.end_batch()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Strike out, until the first batch is over, the adapters that a gradient reached."""
@@ -234,6 +241,8 @@ class LoRA(Callback):
         if run.unreached:
             warn(support.unreached(sorted(run.unreached)))
             run.unreached = set()
+        if run.meter is not None:
+            run.meter.end_batch()
         if run.meter is not None and (report := run.meter.report) is not None:
             self.memory = report
             run.stop_meter()

@@ -36,7 +36,8 @@ class Watch(Callback):
         self.trainable = {name for name, p in pl_module.named_parameters() if p.requires_grad}
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.W0 = {f"{name}.weight": pl_module.get_parameter(f"{name}.weight").clone() for name in adapters(pl_module)}
+        named = dict(pl_module.named_parameters())
+        self.W0 = {f"{name}.weight": named[f"{name}.weight"].clone() for name in adapters(pl_module)}
         self.frozen = {name: p.clone() for name, p in pl_module.named_parameters() if not p.requires_grad}
         self.factors = {name: (a.A.detach().clone(), a.B.detach().clone()) for name, a in adapters(pl_module).items()}
         self.dtypes = {p.dtype for a in adapters(pl_module).values() for p in a.parameters()}
@@ -341,7 +342,7 @@ class Unused(Net):
 
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
 def test_an_adapter_that_no_gradient_reached_is_named_once_and_the_others_are_not(automatic, tmp_path):
-    with pytest.warns(UserWarning, match="No gradient reached the adapters of spare in the first batch") as caught:
+    with pytest.warns(UserWarning, match="No gradient reached the adapters of 'spare' in the first batch") as caught:
         trainer(tmp_path, LoRA(rank=2), max_epochs=2).fit(Unused(automatic), data())
     assert len([w for w in caught if "No gradient" in str(w.message)]) == 1
 
@@ -375,7 +376,7 @@ class Checkpointed(Net):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_adapters_inside_a_reentrant_checkpoint_are_named_with_what_to_do(tmp_path):
-    with pytest.warns(UserWarning, match=r"adapters of layers\.0 in .*`use_reentrant=False`"):
+    with pytest.warns(UserWarning, match=r"adapters of 'layers\.0' in .*`use_reentrant=False`"):
         trainer(tmp_path, LoRA(rank=2)).fit(Checkpointed(), data())
 
 

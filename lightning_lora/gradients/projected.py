@@ -14,9 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.gradients.autocast import without_autocast
+from lightning_lora.gradients.presents import presents
 from lightning_lora.gradients.transforms import is_transformed
 
 
+@presents(lambda weight, _: weight)
 def read(weight: Tensor, adapter: Adapter) -> Tensor:
     """``weight``, with a gradient that goes to the factors of ``adapter``."""
     gain = adapter.gain(weight)

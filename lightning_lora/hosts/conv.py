@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.gradients import merged
+from lightning_lora.gradients.presents import presents
 from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import LayerHost
 
@@ -40,6 +41,7 @@ class FactoredConvHost(_ConvHost):
 
     holds_increment = False
 
+    @presents(lambda host, input: host._conv_forward(input, host.weight, host.bias))
     def forward(self, input: Tensor) -> Tensor:
         x = F.dropout(input, self.lora.dropout, self.training)
         A, B = (factor.to(x.dtype) for factor in self.lora.increment())
@@ -59,6 +61,7 @@ class MergedConvHost(_ConvHost):
 
     holds_increment = True
 
+    @presents(lambda host, input: host._conv_forward(input, host.weight, host.bias))
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
         return merged.tap(y, input, self) if is_watched() else y

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.gradients import merged
+from lightning_lora.gradients.presents import presents
 from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import LayerHost
 
@@ -27,6 +28,7 @@ class FactoredEmbeddingHost(_EmbeddingHost):
 
     holds_increment = False
 
+    @presents(nn.Embedding.forward)
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
         A, B = (factor.to(y.dtype) for factor in self.lora.increment())
@@ -38,6 +40,7 @@ class MergedEmbeddingHost(_EmbeddingHost):
 
     holds_increment = True
 
+    @presents(nn.Embedding.forward)
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
         return merged.tap(y, input, self) if is_watched() else y

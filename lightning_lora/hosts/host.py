@@ -36,6 +36,20 @@ class Host(Swapped):
         """What stands before the names of A and B in this module's state."""
         raise NotImplementedError
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.__dict__.get("_merged_state") and not keep_vars:
+            for parameter, adapter in self.adapted().items():
+                w = self._parameters[parameter]
+                if not adapter.holds:
+                    destination[f"{prefix}{parameter}"] = adapter.folded_into(w)
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        d = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self.__dict__.get("_merged_state"):
+            for k in [k for k in d if k.startswith(prefix + "lora.")]: del d[k]
+        return d
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A plain state has the weight, which is then the whole weight, and no adapter: the increment becomes zero."""
         for parameter, adapter in self.adapted().items():

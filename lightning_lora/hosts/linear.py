@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.gradients import factored, merged
+from lightning_lora.gradients.presents import presents
 from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts.host import LayerHost
 
@@ -16,6 +17,7 @@ class LinearHost(LayerHost):
 
     holds_increment = False
 
+    @presents(lambda host, *args, **kwargs: host.forward(*args, **kwargs))
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = factored.add(super().forward(*args, **kwargs), _first(args, kwargs), self.lora, self.training)
         return self.rescaled(y)
@@ -27,6 +29,7 @@ class FusedLinearHost(LinearHost):
     weight: Tensor
     bias: Tensor | None
 
+    @presents(nn.Linear.forward)
     def forward(self, input: Tensor) -> Tensor:
         return self.rescaled(factored.linear(input, self.weight, self.bias, self.lora, self.training))
 
@@ -37,6 +40,7 @@ class FusedConv1DHost(LinearHost):
     weight: Tensor
     bias: Tensor
 
+    @presents(lambda host, x: host.forward(x))
     def forward(self, x: Tensor) -> Tensor:
         return self.rescaled(factored.linear(x, self.weight.T, self.bias, self.lora, self.training))
 
@@ -46,6 +50,7 @@ class MergedLinearHost(LayerHost):
 
     holds_increment = True
 
+    @presents(lambda host, *args, **kwargs: host.forward(*args, **kwargs))
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward(*args, **kwargs)
         return merged.tap_linear(y, _first(args, kwargs), self.lora) if is_watched() else y

@@ -1,35 +1,28 @@
-"""What autograd keeps for the backward pass: counted in a step that runs, or in one that runs without data.
-
-A dry step is the module's own forward on a copy whose parameters have shape, dtype and device but no memory
-(``FakeTensorMode``). So what full fine-tuning would keep is found by the operations themselves, in milliseconds, and
-not by a rule for each kind of layer.
-"""
+"""Counts what autograd keeps for the backward, of the step that runs and of the same step in full fine-tuning."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset
-from torchmetrics import Metric
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_lora.injection.inject import take_out, trained_without
-from lightning_lora.weights import sharded as shards
+from lightning_lora import _compat
+from lightning_lora.hosts import Host
+
+DEBUG = __import__("os").environ.get("DEBUGW")
+BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """What ``tensor`` is stored in: itself, the local shard of a DTensor, the packed parts of a quantised tensor."""
+    """Yield what ``tensor`` is stored in: itself, the shard of a DTensor, the packed parts of a quantised tensor."""
     if hasattr(tensor, "__tensor_flatten__"):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         for part in parts:
@@ -40,294 +33,383 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """Address -> each storage of ``tensors``: shared ones once, packed ones as they are packed."""
+    """Return the storages of ``tensors`` by address: shared ones once, packed ones as they are packed."""
     found = (plain.untyped_storage() for tensor in tensors for plain in plain_tensors(tensor))
     return {storage._cdata: storage for storage in found}
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that ``tensors`` take, each storage counted once."""
+    """Return the bytes that ``tensors`` take, each storage counted once."""
     return sum(storage.nbytes() for storage in storages(tensors).values())
 
 
-class SavedTensors:
-    """Counts what is saved for backward by ``module``, but for its parameters and buffers.
-
-    What the user's own hooks save instead (``save_on_cpu``, activation checkpoints) is theirs, and is not seen.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._known = self._own()
-        self._found: dict[int, torch.UntypedStorage] = {}
-        self._most = 0
-
-    def _own(self) -> dict[int, torch.UntypedStorage]:
-        return storages([*self._module.parameters(), *self._module.buffers()])
-
-    @property
-    def nbytes(self) -> int:
-        """The most that stood for one backward."""
-        return self.nbytes_with(self)
-
-    def nbytes_with(self, other: SavedTensors) -> int:
-        """Bytes of what either has found."""
-        # what FSDP2 gathers of parameters is freed after the forward, and of the outermost module stands in its place
-        found, own = self._found | other._found, self._own()
-        return max(self._most, sum(storage.nbytes() for key, storage in found.items() if key not in own))
-
-    def add(self, tensors: Iterable[Tensor]) -> None:
-        """Counts ``tensors`` as saved."""
-        self._found |= {key: storage for key, storage in storages(tensors).items() if key not in self._known}
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Counts while open. What a manual backward releases is not counted with what is saved after it."""
-        backward = getattr(self._module, "manual_backward", None)
-
-        def release(*args: Any, **kwargs: Any) -> None:
-            self._most, self._found = self.nbytes, {}
-            backward(*args, **kwargs)  # type: ignore[misc]
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        with hooks, replaced(self._module, "manual_backward", release) if backward else nullcontext():
-            yield
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self.add([tensor])
-        return tensor
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
 
 
 @contextmanager
-def replaced(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Calls ``function`` in the place of a method of ``module``."""
-    own = vars(module).get(name)
-    vars(module)[name] = function
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of ``owner`` while open."""
+    own = vars(owner)[name]
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        del vars(module)[name]
-        if own is not None:
-            vars(module)[name] = own
+        setattr(owner, name, own)
 
 
-# ------------------------------------------------------------------------------------------------------ without data
+class Saved:
+    """Counts the storages that stand saved for a backward: each once, from when it is saved until it is freed.
 
-
-def hollow(module: nn.Module, mode: FakeTensorMode) -> Any:
-    """A deep copy of ``module`` whose tensors have no data; parameters on the meta device are on the CPU in it.
-
-    Data sets, and the callback that a module knows in a run, are not copied.
-    """
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, Dataset | DataLoader | LightningDataModule | Callback):
-                memo[id(value)] = value
-    with mode:
-        for tensor in (*module.parameters(), *module.buffers()):
-            device = torch.device("cpu") if tensor.is_meta else tensor.device
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    with FakeCopyMode(mode):
-        twin: Any = copy.deepcopy(module, memo)
-    if isinstance(module, LightningModule) and module._trainer is not None:
-        twin.trainer = module._trainer  # which the copy leaves out
-    return twin
-
-
-def new_mode() -> FakeTensorMode:
-    """One that lets tensors with data in: batches, masks and positions keep their values, so code that reads them runs.
-
-    It is not to be active in the dry step. There an operation has no data if one of its arguments has none.
-    """
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def dry_run(
-    module: nn.Module, optimizers: int, run: Callable[..., Any], *args: Any, **kwargs: Any
-) -> tuple[int, set[str]]:
-    """Bytes that ``run`` saves for backward, and the names of the parameters that it would give gradients to.
+    What the user's own hooks save instead (``save_on_cpu``, activation checkpoints) is theirs, and is not seen.
 
     Args:
-        module: From :func:`hollow`. It cannot be used for anything else after this.
-        optimizers: How many its code will ask for.
-        run: A method of ``module``, or itself.
-        *args, **kwargs: For ``run``.
-
-    Raises:
-        Exception: Whatever the module raises if it needs values that are not there.
+        ignored: Addresses of storages that do not count, such as those of parameters.
     """
-    saved = SavedTensors(module)
-    _quieten(module, optimizers)
-    with isolate_rng(), _Unread(), _uncompiled(), torch.enable_grad():
-        with saved.counting():
-            output = run(*args, **kwargs)
-        roots = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-        leaves = _leaves(roots)
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not leaves.issuperset(map(id, trained.values())):  # the graph does not show what a reentrant checkpoint has
-            torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-    return saved.nbytes, {name for name, p in trained.items() if id(p) in leaves or p.grad is not None}
+
+    def __init__(self, ignored: set[int]) -> None:
+        self.ignored, self.most, self._nbytes = ignored, 0, 0
+        self._standing: dict[int, int] = {}
+
+    def counting(self) -> Any:
+        """Count what is saved while open."""
+        return torch.autograd.graph.saved_tensors_hooks(lambda tensor: Standing(tensor, self), _unpack)
+
+    def change(self, storage: torch.UntypedStorage, by: int) -> None:
+        """Note that one more, or one less, stands for ``storage``."""
+        key = storage._cdata
+        before = self._standing.pop(key, 0)
+        if before + by:
+            self._standing[key] = before + by
+        if 0 in (before, before + by):
+            self._nbytes += by * storage.nbytes()
+            self.most = max(self.most, self._nbytes)
 
 
-def _leaves(roots: list[Tensor]) -> set[int]:
-    """Identities of the leaves in the graph of ``roots``."""
+class Standing:
+    """Holds one saved tensor, and counts it for as long as it is held."""
+
+    def __init__(self, tensor: Tensor, saved: Saved | None) -> None:
+        self.tensor, self.saved, self.beside = tensor, saved, None
+        found = {} if saved is None else storages([tensor])
+        self.storages = [storage for key, storage in found.items() if saved and key not in saved.ignored]
+        for storage in self.storages:
+            self.saved.change(storage, 1)
+
+    def __del__(self) -> None:
+        for storage in self.storages:
+            self.saved.change(storage, -1)
+
+
+class Watch(TorchFunctionMode):
+    """Counts what a step saves, and what it would save in full fine-tuning, without a second step.
+
+    Each call of a torch function runs as it would. Then it runs again on twins without data, among which the parameters
+    require gradients as in full fine-tuning, and autograd saves of the twins what it would save. A function that
+    :func:`~lightning_lora.gradients.presents.presents` another one is taken for that.
+
+    Args:
+        module: With adapters.
+        trained: Its parameters that full fine-tuning would train.
+        batch: What the step gets.
+        manual: Whether the step calls the backward itself, which may be several times.
+    """
+
+    def __init__(self, module: nn.Module, trained: set[Tensor], batch: Any, manual: bool) -> None:
+        super().__init__()
+        own = [*module.parameters(), *module.buffers()]
+        self.lora, self.full = Saved(set(storages(own))), Saved(set())
+        self.reached: set[Tensor] | None = set()
+        """The parameters that full fine-tuning would give gradients to; None if that could not be seen."""
+        self.unknown = ""
+        """Why it is not known what full fine-tuning would save."""
+        self.blind = ""
+        """Why it is not known what the step saves."""
+        self._manual, self._trained, self._parameters = manual, trained, set(module.parameters())
+        self._fake = _compat.fake_tensors()
+        self._mode = self._fake.FakeTensorMode()
+        self._twins = WeakTensorKeyDictionary()
+        """Tensor -> its twin, or None for a tensor that full fine-tuning would have too, and no gradient for."""
+        for tensor in _reachable([batch, *([*vars(child).values()] for child in module.modules())]):
+            self._twins[tensor] = None
+        self._kept: list[Any] = []
+        self._inputs: list[Standing] = []
+        """What an activation checkpoint keeps, if anything inside it needs a gradient."""
+        self._over = self._counts = self._calling = False
+        self._saves: list[Standing] = []
+        """What the call that now runs has saved."""
+        self._stack = ExitStack()
+
+    # ------------------------------------------------------------------------------------------------ enter and leave
+
+    def begin(self) -> None:
+        """Watch from here on."""
+        for change in (
+            (torch.autograd.graph, "disable_saved_tensors_hooks", self._disabling()),
+            (torch.autograd.Function, "apply", classmethod(self._applying())),
+            (torch.overrides, "has_torch_function", _has_torch_function),
+            _compat.before_compiled_calls(lambda: self._stop("compiled functions are not measured")),
+        ):
+            if change is not None:
+                self._stack.enter_context(replaced(*change))
+        torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack).__enter__()
+        self._stack.callback(_compat.remove_saved_tensors_hooks, self._pack)
+        self.__enter__()
+        self._stack.callback(_compat.remove_function_mode, self)
+        self._counts = True
+
+    def end(self) -> None:
+        """Leave everything as it was before."""
+        self._over = True
+        self._stack.close()
+        self._twins.clear()
+        self._kept.clear()
+
+    def _stop(self, reason: str) -> None:
+        if not self._over:
+            self.blind = self.unknown = reason
+            self.end()
+
+    def _disabling(self) -> Callable[[str], Any]:
+        """``torch.func`` refuses to run where there are hooks for saved tensors: these go before it asks."""
+        original = torch.autograd.graph.disable_saved_tensors_hooks
+
+        def disable(message: str) -> Any:
+            if _compat.top_pack_hook() == self._pack:
+                self._stop("what runs inside `torch.func` is not measured")
+            return original(message)
+
+        return disable
+
+    def _applying(self) -> Callable[..., Any]:
+        """Every ``torch.autograd.Function`` becomes a torch function."""
+        original = vars(torch.autograd.Function)["apply"]
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            function = original.__get__(None, cls)
+            if has_torch_function_unary(None):
+                return handle_torch_function(function, (), *args, **kwargs)
+            return function(*args, **kwargs)
+
+        return apply
+
+    # -------------------------------------------------------------------------------------------------- the step itself
+
+    def _pack(self, tensor: Tensor) -> Standing:
+        if not self._counts or self._over:
+            return Standing(tensor, None)
+        standing = Standing(tensor, self.lora)
+        if self._calling:
+            self._saves.append(standing)
+        elif not self.unknown:  # an activation checkpoint keeps its inputs
+            with self._giving_up("what was saved"), _compat.no_torch_function():
+                self._inputs.append(self._beside(standing))
+        return standing
+
+    def _beside(self, standing: Standing) -> Standing:
+        """Counts for full fine-tuning what was saved by code that cannot be followed."""
+        (key,) = storages([standing.tensor])
+        like = next((tensor for tensor in self._twins if key in storages([tensor])), None)
+        return Standing(self._twin(standing.tensor, known=True) if like is None else self._twin(like), self.full)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._over:
+            return func(*args, **kwargs)
+        if func is Tensor.__iter__ and args[0].dim():
+            return iter(self.__torch_function__(Tensor.unbind, types, args))
+        twins, backward = None, func in BACKWARD
+        if not (hidden := _compat.top_pack_hook() != self._pack):
+            self._inputs.clear()
+        self._counts = not backward or bool(kwargs.get("create_graph"))
+        if not self.unknown:
+            with self._giving_up(func):
+                twins = tree_map(self._twins_of, (args, kwargs))
+                if backward and self.reached is not None:
+                    found = leaves(tensors_in(twins))
+                    self.reached |= {p for p in self._trained if id(self._twins.get(p)) in found}
+        if backward and func is not torch.autograd.grad and not self._manual:
+            self._over = True
+        self._calling, self._saves = True, []
+        try:
+            output = func(*args, **kwargs)
+        finally:
+            self._calling = False
+        if twins is not None and not self._over:
+            with self._giving_up(func):
+                self._follow(func, (args, kwargs), twins, output, hidden)
+        self._counts, self._saves = True, []
+        return output
+
+    # ----------------------------------------------------------------------------------- the same call on tensors without data
+
+    @contextmanager
+    def _giving_up(self, func: Any) -> Iterator[None]:
+        try:
+            with _compat.quiet_fake_tensors():
+                yield
+        except Exception as error:  # whatever an operation raises that needs values
+            if DEBUG: import traceback; traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            self.unknown = f"`{getattr(func, '__name__', func)}` could not be followed without data: {reason}"
+            self._twins.clear()
+
+    def _twins_of(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._twin(value)
+        if not isinstance(value, Host):
+            return value
+        cls: Any = type(value)
+        twin = object.__new__(cls.base_class)
+        vars(twin).update(vars(value), _modules={})
+        for kind in ("_parameters", "_buffers"):
+            vars(twin)[kind] = {name: self._twins_of(tensor) for name, tensor in vars(value)[kind].items()}
+        return twin
+
+    def _twin(self, tensor: Tensor, known: bool = False) -> Tensor:
+        """``tensor`` without data, requiring a gradient if it would in full fine-tuning."""
+        twin = self._twins.get(tensor)
+        if twin is not None:
+            if tensor.is_leaf and tensor.requires_grad and not twin.requires_grad and tensor not in self._parameters:
+                twin.requires_grad_()
+            return twin
+        if tensor in self._parameters:
+            twin = self._mode.from_tensor(tensor.detach()).requires_grad_(tensor in self._trained)
+        else:
+            known = known or tensor in self._twins or not torch.is_grad_enabled() or not tensor.is_floating_point()
+            if not known:
+                raise LookupError(f"a tensor of shape {tuple(tensor.shape)} came from where torch shows nothing")
+            twin = self._mode.from_tensor(tensor if tensor.is_leaf else tensor.detach())
+        if not self.lora.ignored.isdisjoint(storages([tensor])):
+            self.full.ignored |= set(storages([twin]))
+            self._kept.append(twin)
+        self._twins[tensor] = twin
+        return twin
+
+    def _follow(self, func: Any, given: Any, twins: Any, output: Any, hidden: bool) -> None:
+        """Does on ``twins`` what ``func`` did on the ``given`` arguments."""
+        outputs = list(tensors_in(output))
+        name, owner = getattr(func, "__name__", ""), getattr(func, "__self__", None)
+        if name == "__set__":  # of `data` or `requires_grad`
+            self._twins[given[0][0]] = None
+            return
+        inputs = [*tensors_in(twins), *(t for m in twins[0] if isinstance(m, nn.Module) for t in m.parameters())]
+        views = not storages(outputs).keys().isdisjoint(storages(tensors_in(given)))
+        differentiable = any(twin.requires_grad for twin in inputs) and (torch.is_grad_enabled() or views)
+        if not differentiable or not (outputs or name == "__setitem__" or func in BACKWARD):
+            for tensor in outputs:
+                self._twins.setdefault(tensor, None)
+            return
+        if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+            self._follow_function(owner, given[0], twins[0], outputs)
+            return
+        packed: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Standing:
+            packed.append(tensor)
+            if hidden:
+                self._kept += self._inputs
+                self._inputs.clear()
+            return Standing(tensor, self.full if self._counts and not hidden else None)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack), self._mode:
+            try:
+                result = getattr(func, "base", func)(*twins[0], **twins[1])
+            except self._fake.DynamicOutputShapeException:
+                with _KnownShape(outputs):
+                    result = func(*twins[0], **twins[1])
+        self._pair(outputs, list(tensors_in(result)))
+        workspaces = [tensor for tensor in packed if name in RECURRENT and tensor.dtype == torch.uint8]
+        if workspaces and not hidden:
+            self._add_workspaces(workspaces)
+
+    def _pair(self, outputs: list[Tensor], twins: list[Tensor]) -> None:
+        for output, twin in zip(outputs, twins, strict=True):
+            if output.shape != twin.shape:
+                raise ValueError(f"its output has the shape {tuple(output.shape)}, not {tuple(twin.shape)}")
+            self._twins[output] = twin
+
+    def _add_workspaces(self, without_data: list[Tensor]) -> None:
+        """Workspaces of recurrent layers, which have no size without data, are those of the real call."""
+        real = [standing for standing in self._saves if standing.tensor.dtype == torch.uint8]
+        if nbytes(without_data) or len(real) != len(without_data):
+            raise ValueError("the workspace of a recurrent layer is not known")
+        for standing in real:
+            standing.beside = Standing(self._mode.from_tensor(standing.tensor), self.full)
+
+    def _follow_function(self, cls: Any, args: Any, twins: Any, outputs: list[Tensor]) -> None:
+        """A function of the user's own saves what it has saved, if it had to give the same gradients."""
+        needed = [twin.requires_grad for twin in twins if isinstance(twin, Tensor)]
+        given = [tensor.requires_grad for tensor in args if isinstance(tensor, Tensor)]
+        if not any(given) or (needed != given and not cls.__module__.startswith("torch.")):
+            raise ValueError(f"it is not known what {cls.__name__} would save for gradients that it does not give")
+        self.reached = None  # parameters that it has hold of itself
+        new = [None if any(output is arg for arg in args) else self._mode.from_tensor(output.detach()) for output in outputs]
+        with self._mode:
+            for output, twin in zip(outputs, new, strict=True):
+                if twin is not None:
+                    self._twins[output] = twin.requires_grad_().clone() if output.requires_grad else twin
+        for standing in self._saves:
+            if cls.__name__ == "_NoopSaveInputs":  # in older torch
+                self._inputs.append(self._beside(standing))
+            else:
+                standing.beside = self._beside(standing)
+
+
+
+def leaves(roots: Iterable[Tensor]) -> set[int]:
+    """Return the identities of the leaves in the graph of ``roots``."""
     nodes = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen, leaves = set(nodes), set()
+    seen, found = set(nodes), set()
     while nodes:
         node = nodes.pop()
-        leaves.add(id(getattr(node, "variable", None)))
+        found.add(id(getattr(node, "variable", None)))
         new = {child for child, _ in node.next_functions if child is not None} - seen
         seen |= new
         nodes.extend(new)
-    return leaves
+    return found
 
 
-class _Unread(TorchDispatchMode):
-    """Gives 0 or False where Python reads a number from a tensor without data, as ``loss.item()`` for a log does."""
+class _KnownShape(TorchDispatchMode):
+    """Gives the real output's shape where it depends on values, as in ``x[mask]``."""
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        super().__init__()
+        self._outputs = outputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return torch.zeros((), dtype=args[0].dtype).item()
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except _compat.fake_tensors().DynamicOutputShapeException:
+            (output,) = self._outputs
+            return next(tensors_in(args)).new_empty(output.shape, dtype=output.dtype)
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled modules run as they were written; where nothing was compiled, the compiler is not imported for this."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+def _unpack(standing: Standing) -> Tensor:
+    return standing.tensor
 
 
-class _Nothing:
-    """Takes the place of an optimizer: whatever is called does nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self
-
-    def __enter__(self) -> _Nothing:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        return None
+def _has_torch_function(tensors: Iterable[Any]) -> bool:
+    """Torch's own says yes to whatever is asked while there is a mode, and fast paths for inference ask."""
+    plain = (Tensor, nn.Parameter)
+    return any(isinstance(tensor, Tensor) and type(tensor) not in plain for tensor in tensors)
 
 
-def _quieten(module: nn.Module, optimizers: int) -> None:
-    """Takes from the hollow ``module`` what would reach the real run: logs, metrics, optimizers."""
-    nothing = _Nothing()
-    stand_ins = nothing if optimizers == 1 else [nothing] * optimizers
-    silent = ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
-    for child in module.modules():
-        if isinstance(child, Metric):
-            vars(child).update({name: lambda *_, **__: torch.zeros(()) for name in ("forward", "update", "compute")})
-        if isinstance(child, LightningModule):
-            vars(child).update(dict.fromkeys(silent, nothing))
-            vars(child).update(dict.fromkeys(("optimizers", "lr_schedulers"), lambda *_, **__: stand_ins))
-            vars(child)["manual_backward"] = lambda loss, *_, **__: loss.backward()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _reachable(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in containers and in objects."""
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-# --------------------------------------------------------------------------------------------------- a step of a run
-
-
-class Activations(NamedTuple):
-    """What one training step saves for backward, in bytes; None stands for what could not be told."""
-
-    lora: int | None = None
-    full: int | None = None
-    """If the same were trained in full."""
-    reached: set[str] | None = None
-    """Names of the parameters that would then get gradients."""
-    note: str = ""
-    """Why something could not be told."""
-
-
-def watch_step(
-    module: LightningModule, optimizers: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Activations, Any]:
-    """Takes the ``training_step`` of ``module``, which has adapters, and returns what was seen besides its output.
-
-    Where the step cannot be taken without data, full fine-tuning is said to save what this step saves and the inputs of
-    all layers whose parameters it would train.
-    """
-    step = functools.partial(module.training_step, *args, **kwargs)
-    if _is_compiled(module):  # which would compile it once with the hooks and once without
-        return Activations(note="activations of compiled modules are not measured"), step()
-    saved, inputs = SavedTensors(module), SavedTensors(module)
-    try:
-        full, reached, unseen = _dry_full_step(module, optimizers, args, kwargs)
-    except Exception as error:  # whatever code raises that needs the values of activations
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        note = f"no step could be taken without data: {reason}"
-        if _forbids_hooks(error):
-            return Activations(note=note), step()
-        with _counting_inputs(inputs, module), saved.counting():
-            output = step()
-        return Activations(saved.nbytes, saved.nbytes_with(inputs), None, note), output
-    with saved.counting():
-        output = step()
-    return Activations(saved.nbytes, full if unseen is None else full + saved.nbytes - unseen, reached), output
-
-
-def _dry_full_step(
-    module: LightningModule, optimizers: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, set[str], int | None]:
-    """What :func:`dry_run` returns for full fine-tuning.
-
-    And the bytes for LoRA where there is an RNN, whose workspace is not seen without data: by these and those of the
-    real step it is known how much that is, and it is the same in both.
-    """
-    if shards.is_sharded(module):
-        raise TypeError("FSDP2 does not let its modules be copied")
-    if any(isinstance(arg, Iterator) for arg in (*args, *kwargs.values())):
-        raise TypeError("training_step takes an iterator, and a batch can be taken from it once")
-
-    def dry(side: LightningModule) -> tuple[int, set[str]]:
-        own_args, own_kwargs = copy.deepcopy((args, kwargs))  # a step may change its batch
-        return dry_run(side, optimizers, type(side).training_step.__get__(side), *own_args, **own_kwargs)
-
-    plain = hollow(module, new_mode())
-    take_out(plain)
-    has_rnn = any(isinstance(child, nn.RNNBase) for child in module.modules())
-    return *dry(plain), dry(hollow(module, new_mode()))[0] if has_rnn else None
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
-    return vars(module).get("_compiler_ctx") is not None or any(
-        isinstance(child, compiled) or child._compiled_call_impl is not None for child in module.modules()
-    )
-
-
-def _forbids_hooks(error: Exception) -> bool:
-    """Whether ``error`` is that of code, such as ``torch.func.grad``, in which no hooks for saved tensors may stand."""
-    return any(frame.name == "disable_saved_tensors_hooks" for frame in traceback.extract_tb(error.__traceback__))
-
-
-@contextmanager
-def _counting_inputs(saved: SavedTensors, module: nn.Module) -> Iterator[None]:
-    """Counts as saved what is given to the layers in ``module`` that full fine-tuning would train, while open."""
-    trained = set(trained_without(module).values())
-
-    def add(_: nn.Module, args: Any, kwargs: Any) -> None:
-        saved.add(_tensors([args, kwargs]))
-
-    layers = [child for child in module.modules() if not trained.isdisjoint(child._parameters.values())]
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    elif id(value) not in seen and not isinstance(value, nn.Module | type | Callable):
+        seen.add(id(value))
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        for item in (*items, *getattr(value, "__dict__", {}).values()):
+            yield from _reachable(item, seen)

@@ -28,7 +28,7 @@ from lightning_lora.injection.inject import (
     take_out_adapters,
 )
 from lightning_lora.injection.options import differences
-from lightning_lora.memory.report import MemoryMeter
+from lightning_lora.memory.meter import MemoryMeter
 from lightning_lora.steps.attach import Handle, attach
 from lightning_lora.trainer import quantization, support
 from lightning_lora.trainer.author_view import author_view, frozen_weights
@@ -296,9 +296,9 @@ class Run:
         self.idle = frozenset(idle)
         if self.trainer.world_size == 1:
             take_out_adapters(module, idle)
-        warn(
-            f"No optimizer had the weights of {support.listed(sorted(idle))}, so they stay as they are, without"
-            " adapters. `exclude_modules` silences this."
+        rank_zero_info(
+            f"No optimizer has the weights of {support.listed(sorted(idle))}, as those of target networks: they stay as"
+            " they are, without adapters."
         )
 
     def on_fit_start(self, original: Callable[[], Any]) -> None:

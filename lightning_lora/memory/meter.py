@@ -1,0 +1,151 @@
+"""Reads the memory of a run in its first batch and at its first optimizer step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora import _compat
+from lightning_lora.hosts import ParameterHost
+from lightning_lora.injection.inject import places, trained_without
+from lightning_lora.memory.activations import Watch, nbytes
+from lightning_lora.memory.optimizer_states import derived_nbytes, makes_states, measured_nbytes, owners
+from lightning_lora.memory.report import Memory, MemoryReport
+from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.quantized import storages
+
+
+class MemoryMeter:
+    """Reads the memory of a run in its first batch and in the batch of its first real optimizer step.
+
+    Call :meth:`begin_batch` before and :meth:`end_batch` after each ``training_step`` and its backward, until there is
+    a :attr:`report`; and then, or when the run ends in any way, :meth:`remove`.
+
+    Args:
+        module: With adapters, about to be trained.
+        optimizers: Those of the run. A step that a GradScaler skips is none.
+        processes: How many processes reduce their gradients.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: list[Optimizer], processes: int = 1) -> None:
+        self.report: MemoryReport | None = None
+        """What was read; from the end of the batch of the first real step on."""
+        self._module, self._optimizers, self._processes = module, optimizers, processes
+        self._watch: Watch | None = None
+        self._blind = ""
+        self._gradients = self._reduced = 0
+        self._stepped: set[Optimizer] = set()
+        self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+
+    def begin_batch(self, batch: Any = None) -> None:
+        """Watch what is saved for the backward from here on, if no batch has saved anything yet."""
+        if self._blind or (self._watch is not None and self._watch.lora.most):
+            return
+        if _compat.is_compiled(self._module):
+            self._blind = "activations of compiled modules are not measured"
+            return
+        self._watch = Watch(
+            self._module,
+            set(trained_without(self._module).values()),
+            batch,
+            manual=not getattr(self._module, "automatic_optimization", True),
+        )
+        self._watch.begin()
+
+    def end_batch(self) -> None:
+        """Leave everything as it was, and make the report if an optimizer has taken a step."""
+        if self._watch is not None:
+            self._watch.end()
+        if self._stepped and self.report is None:
+            self.report = self._read()
+
+    def remove(self) -> None:
+        """Leave everything as it was, and forget the run."""
+        if self._watch is not None:
+            self._watch.end()
+        for hook in self._hooks:
+            hook.remove()
+        self._watch, self._optimizers, self._hooks = None, [], []
+        self._stepped.clear()
+        del self._module
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if shards.is_sharded(self._module) and makes_states(optimizer):
+            return
+        shards.reshard(self._module)
+        self._stepped.add(optimizer)
+        standing = [p.grad for p in self._module.parameters() if p.grad is not None]
+        self._gradients = max(self._gradients, nbytes(standing))
+        self._reduced = max(self._reduced, _full_nbytes(standing))
+
+    def _read(self) -> MemoryReport:
+        known = owners(self._optimizers)
+        for place in places(self._module):  # the optimizer of its adapter would have the weight
+            known.setdefault(place.weight, next(known[p] for p in place.adapter.trained.values() if p in known))
+        default = next(iter(known.values()))
+        lora, full, reached, notes = self._activations()
+        trained = [p for p in trained_without(self._module).values() if reached is None or p in reached]
+        if self._stepped.issuperset(self._optimizers):
+            state, derived = measured_nbytes(self._optimizers), ["optimizer"] * 0
+        else:
+            state = derived_nbytes((p, owner) for p, owner in known.items() if p.requires_grad)
+            derived = ["optimizer"]
+        projected = standing_gradient(self._module)
+        factors = {p for place in places(self._module) for p in place.adapter.parameters()}
+        stored = [tensor for storage in storages(self._module).values() for tensor in storage.tensors()]
+        return MemoryReport(
+            Memory(
+                parameters=nbytes([*self._module.parameters(), *stored]),
+                gradients=self._gradients + projected,
+                optimizer=state,
+                activations=lora,
+                communicated=self._reduced if self._processes > 1 else 0,
+                derived=frozenset(derived + ["gradients"] * bool(projected)),
+            ),
+            Memory(
+                parameters=nbytes([*(p for p in self._module.parameters() if p not in factors), *stored]),
+                gradients=nbytes(trained),
+                optimizer=derived_nbytes((p, known.get(p, default)) for p in trained),
+                activations=full,
+                communicated=_full_nbytes(trained) if self._processes > 1 else 0,
+                derived=frozenset({"gradients", "optimizer", "activations"}),
+            ),
+            _peak(next(self._module.parameters()).device),
+            notes,
+        )
+
+    def _activations(self) -> tuple[int | None, int | None, set[Tensor] | None, tuple[str, ...]]:
+        """What the step has saved, what it would have saved, the parameters then reached, and notes."""
+        watch = self._watch
+        if watch is None or watch.blind:
+            return None, None, None, ((watch.blind if watch else self._blind),)
+        if watch.unknown:
+            return watch.lora.most, None, None, (f"Activations of full fine-tuning: {watch.unknown}",)
+        return watch.lora.most, watch.full.most, watch.reached or None, ()
+
+
+def standing_gradient(module: nn.Module) -> int:
+    """Return the bytes of the largest gradient of a weight that stands until it is projected."""
+    by_parameter = (place.weight for place in places(module) if isinstance(place.host, ParameterHost))
+    return max((_full_nbytes([weight]) for weight in by_parameter), default=0)
+
+
+def _full_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of ``tensors``, with the shards of other processes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type != "cpu":
+        statistics = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return None if statistics is None else statistics(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has none
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
