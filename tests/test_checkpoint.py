@@ -16,7 +16,7 @@ from models import Digest, Net, ResumableLoader, batches, data, digest, layers, 
 from resume import RESUMED, WEIGHTS_ONLY, SaveByHand
 
 import lightning_lora
-from lightning_lora import LoRA, adapters, inject, merge
+from lightning_lora import LoRA, adapters, inject, merge, merged_state_dict
 from lightning_lora.checkpoint import read as reading
 from lightning_lora.checkpoint import write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint

@@ -86,7 +86,7 @@ class Follows(Callback):
     @torch.no_grad()
     def on_train_batch_start(self, trainer, pl_module, batch, index) -> None:
         if index or trainer.current_epoch:
-            weights = [value for value in pl_module.online.state_dict().values()]
+            weights = list(pl_module.online.state_dict().values())
             self.target = [
                 t * pl_module.decay + w * (1 - pl_module.decay) for t, w in zip(self.target, weights, strict=True)
             ]
@@ -183,7 +183,7 @@ def test_a_gradient_penalty_trains_to_the_same_weights_in_every_mode(tmp_path):
 
 
 class LitEma(nn.Module):
-    """The shadow of latent-diffusion: made of the names of what requires a gradient, and asserting that it still does."""
+    """The shadow of latent-diffusion: made of the names of what requires a gradient, asserting that it still does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

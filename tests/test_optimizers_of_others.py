@@ -95,7 +95,7 @@ def test_an_optimizer_made_in_init_has_its_weights_and_states_back_after_fit_and
 ):
     model = MadeInInit(optimizer)
     params = list(model.optimizer.param_groups[0]["params"])
-    states = {p: state for p, state in model.optimizer.state.items()}
+    states = dict(model.optimizer.state)
     for _ in range(2):
         before = [p.clone() for p in params]
         trainer(tmp_path, LoRA(rank=2)).fit(model, data())

@@ -72,8 +72,7 @@ def restore_adapters(module: nn.Module, payload: State) -> None:
     for place in {id(place.adapter): place for place in places(module)}.values():
         if (entry := payload["adapters"].get(place.name)) is not None:
             with gathered(place.adapter) as whole:
-                for name, value in whole.resume(entry).items():
-                    whole.state_dict()[name].copy_(value)
+                whole.load_tensors(whole.resume(entry))
 
 
 def restore_shards(checkpoint: State, module: nn.Module, exact: bool, before: Mapping[str, Tensor]) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.hosts.conv import FactoredConvHost, MergedConvHost
-from lightning_lora.hosts.embedding import FactoredEmbeddingHost, MergedEmbeddingHost
-from lightning_lora.hosts.host import LayerHost
-from lightning_lora.hosts.linear import FusedConv1DHost, FusedLinearHost, LinearHost, MergedLinearHost
-from lightning_lora.hosts.quantized import QuantizedLinearHost
+from lightning_lora.hosts import forwards
+from lightning_lora.hosts.host import Forward
 from lightning_lora.weights.quantized import storage_of
 
 SUPPORTED = (
@@ -42,12 +40,6 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or _is_conv1d(module)
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether ``module`` is of a subclass that does something else than its supported base."""
-    bases = (nn.Linear, *CONVOLUTIONS, nn.Embedding, _conv1d())
-    return not any(base is not None and type(module).forward is base.forward for base in bases)
-
-
 def zero_factor(module: nn.Module) -> tuple[str]:
     """Which factor starts at zero, as in PEFT: A for embeddings, B elsewhere."""
     return ("A",) if isinstance(module, nn.Embedding) else ("B",)
@@ -71,27 +63,30 @@ def is_supported(module: nn.Module) -> bool:
     return is_linear_like(module) or isinstance(module, layers)
 
 
-def layer_host(module: nn.Module, gradient: str, rescales: bool = False) -> type[LayerHost] | None:
-    """The mixin that carries an adapter for the weight of ``module``; None where only its parameters can be adapted.
+def exact_forward(module: nn.Module, gradient: str, rescales: bool = False) -> Forward | None:
+    """Return a forward that takes the adapter of ``module.weight`` into account by thin products, or None.
 
-    The output projection of a MultiheadAttention is a Linear that is never called: its parent reads its weight. Where
-    the increment ``rescales`` the weight, thin products of X and dY do not give the gradient of the gain, and what a
-    forward of the module's own adds to the layer's output is not to be rescaled.
+    It must be known exactly what the module does: its own forward is the one of a layer of torch's, or of transformers'
+    ``Conv1D``. Any other may scale, mask, normalise or quantise the weight; it reads W. The output projection of a
+    MultiheadAttention is never called: its parent reads its weight. Where the increment ``rescales`` the weight, thin
+    products of X and dY do not give the gradient of the gain in merged mode.
     """
-    if gradient == "projected" or isinstance(module, NonDynamicallyQuantizableLinear):
-        return None
-    if rescales and (gradient == "merged" or _has_own_forward(module)):
+    if gradient == "projected" or (rescales and gradient == "merged"):
         return None
     factored = gradient == "factored"
-    if factored and storage_of(module) is not None:
-        return QuantizedLinearHost
-    if is_linear_like(module):
-        if not factored:
-            return MergedLinearHost
-        fused = {nn.Linear: FusedLinearHost, _conv1d(): FusedConv1DHost}
-        return fused.get(type(module), LinearHost)
-    if isinstance(module, CONVOLUTIONS):
-        return FactoredConvHost if factored else MergedConvHost
-    if isinstance(module, nn.Embedding):
-        return FactoredEmbeddingHost if factored else MergedEmbeddingHost
+    if storage_of(module) is not None:
+        return forwards.quantized_linear if factored else None
+    if "forward" in vars(module) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    kind: Any = type(module)
+    own = kind.forward
+    if own is nn.Linear.forward:
+        return forwards.linear if factored else forwards.merged_linear
+    if own is nn.Embedding.forward:
+        return forwards.embedding if factored else forwards.merged_embedding
+    for convolution in CONVOLUTIONS:
+        if own is convolution.forward and kind._conv_forward is convolution._conv_forward:
+            return forwards.convolution if factored else forwards.merged_convolution
+    if own is getattr(_conv1d(), "forward", None):
+        return forwards.conv1d_of_transformers if factored else forwards.merged_conv1d_of_transformers
     return None

@@ -14,11 +14,9 @@ from lightning_lora.errors import LoRAError
 from lightning_lora.hosts import (
     SUPPORTED,
     Host,
-    ParameterHost,
     is_linear_like,
     is_supported,
     is_transposed,
-    layer_host,
     own_matrices,
     stacks,
     storage_of,
@@ -36,7 +34,6 @@ class Target:
     owner: str
     module: nn.Module
     parameter: str
-    mixin: type[Host]
 
     @property
     def weight(self) -> Tensor:
@@ -99,11 +96,6 @@ def resolve(root: nn.Module, options: Options) -> Targets:
         _check_rank(target, options.rank_of(target.name))
         m, n = reversed(target.sides) if is_transposed(target.module) else target.sides
         DECOMPOSITIONS[options.decomposition].check_shape(target.name, m, n, options.rank_of(target.name), options.init)
-        if options.dropout and target.mixin.holds_increment:
-            raise ValueError(
-                f"`dropout={options.dropout}` cannot be applied to {target.name!r}, a {type(target.module).__name__},"
-                " which is adapted through its weight. Exclude it, or use no dropout."
-            )
     return Targets(_with_ties(root, found), _trained_besides(root, options, found))
 
 
@@ -117,15 +109,13 @@ def _layers(root: nn.Module, options: Options, modules: dict[str, nn.Module]) ->
         chosen = {name: module for name, module in modules.items() if matches(name, rule)}
     for name, module in chosen.items():
         _check_layer(name, module, options.gradient)
-        rescales = DECOMPOSITIONS[options.decomposition].rescales
         for parameter in own_matrices(module):
-            yield Target(f"{name}.{parameter}", name, module, parameter, ParameterHost)
+            yield Target(f"{name}.{parameter}", name, module, parameter)
         if isinstance(module, nn.MultiheadAttention):
             if f"{name}.out_proj" not in chosen:
-                yield Target(f"{name}.out_proj", f"{name}.out_proj", module.out_proj, "weight", ParameterHost)
+                yield Target(f"{name}.out_proj", f"{name}.out_proj", module.out_proj, "weight")
         elif not own_matrices(module):
-            mixin = layer_host(module, options.gradient, rescales) or ParameterHost
-            yield Target(name, name, module, "weight", mixin)
+            yield Target(name, name, module, "weight")
 
 
 def _parameters(root: nn.Module, options: Options) -> Iterable[Target]:
@@ -139,7 +129,7 @@ def _parameters(root: nn.Module, options: Options) -> Iterable[Target]:
                     f"`target_parameters` names {name!r} of the shape {tuple(parameter.shape)}: a low-rank increment"
                     " needs two dimensions or more. To train it in full, use `bias` or `modules_to_save`."
                 )
-            yield Target(owner if key == "weight" and owner else name, owner, module, key, ParameterHost)
+            yield Target(owner if key == "weight" and owner else name, owner, module, key)
 
 
 def _output_heads(root: nn.Module) -> list[nn.Module]:
@@ -259,8 +249,8 @@ def _check_quantized(target: Target, options: Options) -> None:
             f"{what}, and `decomposition={options.decomposition!r}` would dequantise it in every step for the norms of"
             " its rows. Use `decomposition='product'` or 'additive'."
         )
-    if target.mixin.holds_increment:
-        given = f"`gradient={options.gradient!r}`" if options.gradient != "factored" else "`target_parameters`"
+    if options.gradient != "factored":
+        given = f"`gradient={options.gradient!r}`"
         raise LoRAError(
             f"{what} and cannot hold an increment, as {given} asks. Use `gradient='factored'` and name it in"
             " `target_modules`."
@@ -292,25 +282,15 @@ def _owners(root: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
 
 
 def _with_ties(root: nn.Module, found: list[Target]) -> list[Target]:
-    """``found``, with every place in which a projected weight stands.
-
-    A weight that is factored or merged in one place would be used elsewhere without the increment or its gradient.
-    """
+    """Return ``found`` with every place in which an adapted weight stands: whoever reads it reads W."""
     owners = _owners(root)
     targets: list[Target] = []
     done: set[Tensor] = set()
     for target in found:
         places = owners[target.weight]
-        if len(places) > 1 and target.mixin is not ParameterHost:
-            shared = " and ".join(repr(f"{prefix}.{key}".lstrip(".")) for prefix, _, key in places)
-            raise LoRAError(
-                f"The weight of {target.name!r} is tied: {shared} are one parameter, and an adapter in one place would"
-                f" change the other when merged. Add {target.name!r} to `exclude_modules`, or use"
-                " `gradient='projected'`, which adapts both."
-            )
         if target.weight not in done:
             done.add(target.weight)
-            targets += [Target(target.name, prefix, module, key, target.mixin) for prefix, module, key in places]
+            targets += [Target(target.name, prefix, module, key) for prefix, module, key in places]
     return targets
 
 

@@ -257,7 +257,10 @@ class Watch(TorchFunctionMode):
             with _compat.quiet_fake_tensors():
                 yield
         except Exception as error:  # whatever an operation raises that needs values
-            if DEBUG: import traceback; traceback.print_exc()
+            if DEBUG:
+                import traceback
+
+                traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
             self.unknown = f"`{getattr(func, '__name__', func)}` could not be followed without data: {reason}"
             self._twins.clear()
@@ -352,7 +355,10 @@ class Watch(TorchFunctionMode):
         if not any(given) or (needed != given and not cls.__module__.startswith("torch.")):
             raise ValueError(f"it is not known what {cls.__name__} would save for gradients that it does not give")
         self.reached = None  # parameters that it has hold of itself
-        new = [None if any(output is arg for arg in args) else self._mode.from_tensor(output.detach()) for output in outputs]
+        new = [
+            None if any(output is arg for arg in args) else self._mode.from_tensor(output.detach())
+            for output in outputs
+        ]
         with self._mode:
             for output, twin in zip(outputs, new, strict=True):
                 if twin is not None:
@@ -362,7 +368,6 @@ class Watch(TorchFunctionMode):
                 self._inputs.append(self._beside(standing))
             else:
                 standing.beside = self._beside(standing)
-
 
 
 def leaves(roots: Iterable[Tensor]) -> set[int]:
