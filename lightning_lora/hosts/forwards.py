@@ -124,4 +124,5 @@ def quantized_linear(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     if not adapter.enabled:
         return y
     x = args[0] if args else next(iter(kwargs.values()))
-    return factored.add(y, x, *adapter.increment(), adapter.scale, _dropout(self))
+    A, B = adapter.increment()
+    return factored.add(y, x, A, B, adapter.scale, _dropout(self))

@@ -125,7 +125,7 @@ class LazyWeight(Tensor):
         made.increment = increment
         return made
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod
