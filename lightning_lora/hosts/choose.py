@@ -62,7 +62,7 @@ def own_matrices(module: nn.Module) -> list[str]:
 
 def stacks(module: nn.Module, weight: Tensor) -> bool:
     """Whether ``weight`` (k, m, n) is a stack of k matrices, such as one for each expert, and no filter."""
-    return weight.dim() == 3 and not isinstance(module, (*CONVOLUTIONS, nn.ConvTranspose1d))
+    return weight.dim() == 3 and not isinstance(module, (*CONVOLUTIONS, nn.ConvTranspose1d, nn.Bilinear))
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
-from lightning_lora.errors import LoRAError
+from lightning_lora.errors import LoRAError, warn
 from lightning_lora.hosts import (
     Host,
     ParameterHost,
@@ -46,6 +46,8 @@ class Injection:
     """``nn.TransformerEncoder``s whose use of nested tensors, a fast path round the adapters, was turned off."""
     kept: list[str]
     """Quantised layers that are not to be rewritten in an evaluation."""
+    left_out: list[tuple[str, str]]
+    """Layers that could have an adapter and have none: name, and why in a word or two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +138,12 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             if isinstance(child, nn.TransformerEncoder) and child.use_nested_tensor and not _may_nest(child)
         ],
         kept=[name for name, child in module.named_modules() if child.__dict__.get(REWRITES)],
+        left_out=found.left_out,
     )
     _set_flags(module, injection, adapted=True)
     module.lora_injection = injection  # type: ignore[assignment]
+    for message in found.warnings:
+        warn(message)
     return injection
 
 
@@ -156,13 +161,13 @@ def _make(target: targets.Target, options: Options, holds: bool, padding_idx: in
     stored = storage_of(target.module)
     return DECOMPOSITIONS[options.decomposition].initial(
         target.weight if stored is None else stored.dequantized(),
-        options.rank_of(target.name),
+        target.rank,
         options.seed,
         target.name,
         options.dtype,
         stacked=stacks(target.module, target.weight),
         init=options.init,
-        scale=options.scale_of(target.name),
+        scale=options.scale_of(*target.names, rank=target.rank),
         dropout=options.dropout,
         transposed=is_transposed(target.module),
         zero=zero_factor(target.module),
@@ -313,7 +318,7 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 def _set_flags(module: nn.Module, injection: Injection, adapted: bool) -> None:
     for names, flag in ((injection.frozen, not adapted), (injection.thawed, adapted)):
         for name in names:
-            _parameter(module, name).requires_grad_(flag)
+            _parameter(module, name).requires_grad = flag  # the method is not to be had of a lazy one
     for name in injection.unnested:
         setattr(module.get_submodule(name), "use_nested_tensor", not adapted)  # noqa: B010
     for name in injection.kept:
