@@ -7,7 +7,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class Target:
     owner: str
     module: nn.Module
     parameter: str
+    layer: nn.Module
+    """Which multiplies by the weight: ``module``, or the one that has it as a parametrization."""
     mixin: type[Host] = ParameterHost
     aliases: tuple[str, ...] = ()
     """All names of the module; it has several where it stands in several places."""
@@ -72,7 +74,7 @@ class Target:
 
     @property
     def kind(self) -> str:
-        return type(self.module).__name__
+        return type(self.layer).__name__
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,7 +86,7 @@ class Target:
         """(m, n) of the matrix, as it is stored."""
         if (stored := storage_of(self.module)) is not None:
             return stored.shape
-        return tuple((self.weight if stacks(self.module, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
+        return tuple((self.weight if stacks(self.layer, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
 
     @property
     def numel(self) -> int:
@@ -136,34 +138,44 @@ def is_kind(rule: Rule) -> bool:
 # --------------------------------------------------------------------------------------------------------- layers
 
 
-def own_weights(module: nn.Module) -> list[str]:
-    """Name the parameters by which ``module`` itself multiplies its input; none where it is a layer of no kind.
+def own_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Find the parameters by which ``layer`` itself multiplies its input, each with the module that holds it.
 
-    Of a weight that a hook computes from another parameter of the same shape, as the first ``weight_norm`` and
-    ``spectral_norm`` of torch do, the latter is meant.
+    Of a weight that ``weight_norm`` or ``spectral_norm`` computes from another of the same shape, the latter is meant.
+    There is none where ``layer`` is a layer of no kind.
     """
-    if isinstance(module, LAYERS) or is_linear_like(module) or _is_linear_by_shape(module):
-        names = ["weight"]
-    elif isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
-        present = [name for name, p in module._parameters.items() if p is not None]
-        present += getattr(module, "parametrizations", {})
-        names = list(dict.fromkeys(re.sub("_(g|v|orig)$", "", name) for name in present if "weight" in name))
-    else:
-        return _expert_stacks(module)
-    return [_source(module, name) for name in names]
+    if isinstance(layer, LAYERS) or is_linear_like(layer) or _is_linear_by_shape(layer):
+        return [_source(layer, "weight")]
+    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
+        present = [name for name, p in layer._parameters.items() if p is not None]
+        present += getattr(layer, "parametrizations", {})
+        names = dict.fromkeys(re.sub("_(g|v|orig)$", "", name) for name in present if "weight" in name)
+        return [_source(layer, name) for name in names]
+    return [(layer, name) for name in _expert_stacks(layer)]
 
 
-def _source(module: nn.Module, name: str) -> str:
-    """The parameter that holds the directions of the weight ``name``."""
-    names = (name, f"{name}_v", f"{name}_orig")
-    return next((name for name in names if module._parameters.get(name) is not None), name)
+def _source(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The parameter that holds the directions of the weight ``name``, and its module."""
+    for key in (name, f"{name}_v", f"{name}_orig"):
+        if layer._parameters.get(key) is not None:
+            return layer, key
+    for part, key in (("_WeightNorm", "original1"), ("_SpectralNorm", "original")):
+        parts = _parametrizations(layer, name)
+        if [type(part).__name__ for part in parts] == [part] and not isinstance(layer, nn.Embedding):
+            return cast(nn.Module, parts), key
+    return layer, name
 
 
-def _is_linear_by_shape(module: nn.Module) -> bool:
-    """Whether ``module`` has the attributes of a Linear, as torch_geometric's own: then its ``weight`` is a matrix."""
-    if not any(hasattr(module, f"in_{x}") and hasattr(module, f"out_{x}") for x in ("features", "channels")):
+def _parametrizations(layer: nn.Module, name: str) -> Iterable[nn.Module]:
+    return dict(getattr(layer, "parametrizations", {})).get(name, ())
+
+
+def _is_linear_by_shape(layer: nn.Module) -> bool:
+    """Whether ``layer`` has the attributes of a Linear, as torch_geometric's own: then its ``weight`` is a matrix."""
+    if not any(hasattr(layer, f"in_{x}") and hasattr(layer, f"out_{x}") for x in ("features", "channels")):
         return False
-    weight = module._parameters.get(_source(module, "weight"))
+    owner, key = _source(layer, "weight")
+    weight = owner._parameters.get(key)
     return isinstance(weight, UninitializedParameter) or (
         weight is not None and weight.dim() == 2 and weight.is_floating_point()
     )
@@ -212,9 +224,7 @@ def _obstacle(target: Target, gradient: str) -> tuple[str, str] | None:
         return "attribute `lora`", f"{name} has an attribute `lora`, the name an adapter is kept under."
     weight = module._parameters.get(target.parameter)
     if weight is None:
-        parametrized: Any = getattr(module, "parametrizations", {})
-        parts = parametrized[target.parameter] if target.parameter in parametrized else ()
-        kinds = [type(part).__name__.lstrip("_") for part in parts]
+        kinds = [type(part).__name__.lstrip("_") for part in _parametrizations(module, target.parameter)]
         words = " and ".join(re.sub("(?<=[a-z])(?=[A-Z])", " ", kind).lower() for kind in kinds)
         return words or "computed weight", (
             f"The weight of {name} is computed by a parametrization or a hook, so no adapter can be merged into it."
@@ -272,10 +282,10 @@ class _Resolution:
         for path, parameter in root.named_parameters(remove_duplicate=False):
             self.parameters.setdefault(parameter, []).append(plain_name(path))
         self.candidates = [
-            Target(_joined(names[0], parameter), names[0], module, parameter, aliases=tuple(names))
-            for module, names in self.aliases.items()
+            self._target(module, parameter, layer)
+            for layer, names in self.aliases.items()
             if names[0]
-            for parameter in own_weights(module)
+            for module, parameter in own_weights(layer)
         ]
         self.heads = _output_heads(root)
         self.judges = set(root.modules()) - (judged := _outside_metrics(root))
@@ -287,6 +297,10 @@ class _Resolution:
         }
         self.left_out: dict[str, tuple[str, str]] = {}
         """Name of a target -> why it is left out, in a word or two and in a sentence."""
+
+    def _target(self, module: nn.Module, parameter: str, layer: nn.Module) -> Target:
+        names = tuple(self.aliases[module])
+        return Target(_joined(names[0], parameter), names[0], module, parameter, layer, aliases=names)
 
     def targets(self) -> Targets:
         options = self.options
@@ -375,11 +389,11 @@ class _Resolution:
 
     def _no_kind(self, target: Target, kind: str) -> str | None:
         """Why ``target`` is not of the ``kind`` that was asked for."""
-        if isinstance(target.module, nn.Embedding) or (kind == "all-linear" and not is_linear_like(target.module)):
+        if isinstance(target.layer, nn.Embedding) or (kind == "all-linear" and not is_linear_like(target.layer)):
             return target.kind
-        if target.module in self.heads:
+        if target.layer in self.heads:
             return "output head"
-        if target.module in self.judges:
+        if target.layer in self.judges:
             return "in a metric"
         return "frozen" if self._is_frozen(target) else None
 
@@ -413,17 +427,17 @@ class _Resolution:
         where it cannot be adapted it is left out.
         """
         named = [module for module, names in self.aliases.items() if any(matches(name, rule) for name in names if name)]
-        layers = {target.module for target in self.candidates}
+        layers = {target.layer for target in self.candidates}
         wrapped = {
             child for module in named if module not in layers for child in module.modules() if child is not module
         }
         chosen: set[str] = set()
         for module in named:
             below = set(module.modules())
-            inside = [target for target in self.candidates if target.module in below]
+            inside = [target for target in self.candidates if target.layer in below]
             meant = inside
             if module not in layers:
-                meant = [target for target in inside if not isinstance(target.module, nn.Embedding)] or inside
+                meant = [target for target in inside if not isinstance(target.layer, nn.Embedding)] or inside
             strict = module in layers and module not in wrapped
             able = {target.name for target in meant if self._is_able(target, strict)}
             if not able and module not in wrapped:
@@ -459,7 +473,7 @@ class _Resolution:
                 )
             owner, _, key = names[0].rpartition(".")
             module = self.modules[owner]
-            target = Target(_joined(owner, key), owner, module, key, aliases=tuple(self.aliases[module]))
+            target = self._target(module, key, module)
             self._is_able(target, strict=True)
             found.append(target)
         return found
@@ -571,7 +585,7 @@ class _Resolution:
         for target in self.candidates:
             weight = target.module._parameters.get(target.parameter)
             is_adapted = weight in weights
-            counts = target.module not in spared and not isinstance(target.module, nn.Embedding)
+            counts = target.layer not in spared and not isinstance(target.layer, nn.Embedding)
             if is_adapted or (target.name in self.left_out and counts):
                 reached = is_adapted or _block(target.owner) in blocks
                 sizes[reached][target.name if weight is None else weight] = target.numel
@@ -647,7 +661,7 @@ def _can_have(target: Target, rank: int, options: Options) -> bool:
 
 
 def _check_shape(target: Target, rank: int, options: Options) -> None:
-    m, n = reversed(target.sides) if is_transposed(target.module) else target.sides
+    m, n = reversed(target.sides) if is_transposed(target.layer) else target.sides
     DECOMPOSITIONS[options.decomposition].check_shape(target.name, m, n, rank, options.init)
 
 
