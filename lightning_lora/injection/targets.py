@@ -237,12 +237,9 @@ def _obstacle(target: Target, gradient: str) -> tuple[str, str] | None:
             f"The weight of {name} is on the meta device: it has no values to adapt. Load or materialise the model in"
             " `__init__`, `setup` or `configure_model`."
         )
-    if storage_of(module) is None and (
-        weight.dim() < 2
-        or not weight.is_floating_point()
-        or weight.dtype.itemsize < 2
-        or weight.layout != torch.strided
-    ):
+    if weight.layout != torch.strided:
+        return "sparse", f"{name} is sparse ({weight.layout}), and its increment is dense."
+    if storage_of(module) is None and (weight.dim() < 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2):
         return "quantised", (
             f"The weight of {name} is stored as {weight.dtype} in the shape {tuple(weight.shape)}. Of quantised"
             " weights, those of bitsandbytes' `Linear8bitLt` and `Linear4bit` are supported, and torchao's in a Linear."
@@ -329,7 +326,9 @@ class _Resolution:
             raise LoRAError(self._nothing_left(dropped))
         adapted = self._with_ties(found)
         for candidate in self.candidates:
-            if candidate not in dropped and not self._is_dropped(candidate):
+            if self._is_dropped(candidate):  # as the user asked
+                self.left_out.pop(candidate.name, None)
+            else:
                 self.left_out.setdefault(candidate.name, (candidate.kind, ""))
         for target in adapted:
             self.left_out.pop(_joined(target.owner, target.parameter), None)
@@ -670,10 +669,9 @@ def _wrong_ranks(wrong: list[Target], found: list[Target], options: Options) -> 
     said, pattern = [], dict(options.rank_pattern or {})
     for target in wrong:
         m, n = target.sides
-        said.append(
-            f"the rank {options.rank_of(*target.names)} of {target.name!r}, whose weight is {m} x {n}: at most"
-            f" {target.rank}"
-        )
+        asked = options.rank_of(*target.names)
+        most = f"at most {target.rank}" if asked > min(m, n) else f"{target.rank} would do"
+        said.append(f"the rank {asked} of {target.name!r}, whose weight is {m} x {n}: {most}")
         alone = sum(matches_pattern(name, target.name) for other in found for name in other.names) <= len(target.names)
         key = target.name if alone else f"^{re.escape(target.name)}"
         pattern = {key: target.rank, **{name: rank for name, rank in pattern.items() if name != key}}
