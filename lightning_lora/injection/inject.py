@@ -48,6 +48,8 @@ class Injection:
     """Quantised layers that are not to be rewritten in an evaluation."""
     left_out: list[tuple[str, str]]
     """Layers that could have an adapter and have none: name, and why in a word or two."""
+    asked: dict[str, int]
+    """Name of an adapter -> the rank that the options give to it; its own is lower where its weight is too small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +141,7 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
         ],
         kept=[name for name, child in module.named_modules() if child.__dict__.get(REWRITES)],
         left_out=found.left_out,
+        asked={target.name: target.asked for target in found.adapted},
     )
     _set_flags(module, injection, adapted=True)
     module.lora_injection = injection  # type: ignore[assignment]

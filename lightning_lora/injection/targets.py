@@ -7,92 +7,24 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterable
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedParameter
-from torchmetrics import Metric
 
 from lightning_lora.adapters import DECOMPOSITIONS
 from lightning_lora.errors import LoRAError
-from lightning_lora.hosts import (
-    Host,
-    ParameterHost,
-    is_linear_like,
-    is_transposed,
-    layer_host,
-    stacks,
-    storage_of,
+from lightning_lora.hosts import ParameterHost, is_linear_like, is_transposed, layer_host, storage_of
+from lightning_lora.injection.layers import (
+    SUPPORTED,
+    Target,
+    joined,
+    obstacle_of,
+    output_heads,
+    outside_metrics,
+    own_weights,
 )
 from lightning_lora.injection.naming import plain_name
 from lightning_lora.injection.options import KINDS, Options, Rule, matches, matches_pattern, matches_suffix, nearest
-from lightning_lora.weights.quantized import numel
-
-SUPPORTED = (
-    "torch.nn.Linear and what is linear like it, nn.Embedding, Bilinear, Conv1d to 3d, ConvTranspose1d to 3d,"
-    " MultiheadAttention, RNN, LSTM and GRU, transformers' Conv1D, and stacks of experts; into any other parameter by"
-    " `target_parameters`"
-)
-
-LAYERS = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-"""Whose ``weight`` is adapted."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One weight that gets an adapter, or could."""
-
-    name: str
-    """Of the module, where its ``weight`` is meant, else of the parameter."""
-    owner: str
-    module: nn.Module
-    parameter: str
-    layer: nn.Module
-    """Which multiplies by the weight: ``module``, or the one that has it as a parametrization."""
-    mixin: type[Host] = ParameterHost
-    aliases: tuple[str, ...] = ()
-    """All names of the module; it has several where it stands in several places."""
-    rank: int = 0
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.module._parameters[self.parameter]
-        assert weight is not None
-        return weight
-
-    @property
-    def kind(self) -> str:
-        return type(self.layer).__name__
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every ``name``."""
-        return tuple(_joined(alias, self.parameter) for alias in self.aliases)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(m, n) of the matrix, as it is stored."""
-        if (stored := storage_of(self.module)) is not None:
-            return stored.shape
-        return tuple((self.weight if stacks(self.layer, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
-
-    @property
-    def numel(self) -> int:
-        """Entries of the weight; 0 where they are not known."""
-        weight = self.module._parameters.get(self.parameter)
-        return 0 if weight is None or isinstance(weight, UninitializedParameter) else numel(weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +51,6 @@ def resolve(root: nn.Module, options: Options) -> Targets:
     return _Resolution(root, options).targets()
 
 
-def _joined(owner: str, parameter: str) -> str:
-    """The name of an adapter: of a module for its ``weight``, else of the parameter."""
-    return owner if parameter == "weight" and owner else f"{owner}.{parameter}".lstrip(".")
-
-
 def _inside(name: str, rule: Rule) -> bool:
     """Whether ``rule`` names the module called ``name`` or one that holds it."""
     parts = name.split(".")
@@ -133,132 +60,6 @@ def _inside(name: str, rule: Rule) -> bool:
 def is_kind(rule: Rule) -> bool:
     """Whether ``rule``, for ``target_modules``, means kinds of layers and no names."""
     return isinstance(rule, str) and rule.lower() in KINDS
-
-
-# --------------------------------------------------------------------------------------------------------- layers
-
-
-def own_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Find the parameters by which ``layer`` itself multiplies its input, each with the module that holds it.
-
-    Of a weight that ``weight_norm`` or ``spectral_norm`` computes from another of the same shape, the latter is meant.
-    There is none where ``layer`` is a layer of no kind.
-    """
-    if isinstance(layer, LAYERS) or is_linear_like(layer) or _is_linear_by_shape(layer):
-        return [_source(layer, "weight")]
-    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
-        present = [name for name, p in layer._parameters.items() if p is not None]
-        present += getattr(layer, "parametrizations", {})
-        names = dict.fromkeys(re.sub("_(g|v|orig)$", "", name) for name in present if "weight" in name)
-        return [_source(layer, name) for name in names]
-    return [(layer, name) for name in _expert_stacks(layer)]
-
-
-def _source(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The parameter that holds the directions of the weight ``name``, and its module."""
-    for key in (name, f"{name}_v", f"{name}_orig"):
-        if layer._parameters.get(key) is not None:
-            return layer, key
-    for part, key in (("_WeightNorm", "original1"), ("_SpectralNorm", "original")):
-        parts = _parametrizations(layer, name)
-        if [type(part).__name__ for part in parts] == [part] and not isinstance(layer, nn.Embedding):
-            return cast(nn.Module, parts), key
-    return layer, name
-
-
-def _parametrizations(layer: nn.Module, name: str) -> Iterable[nn.Module]:
-    return dict(getattr(layer, "parametrizations", {})).get(name, ())
-
-
-def _is_linear_by_shape(layer: nn.Module) -> bool:
-    """Whether ``layer`` has the attributes of a Linear, as torch_geometric's own: then its ``weight`` is a matrix."""
-    if not any(hasattr(layer, f"in_{x}") and hasattr(layer, f"out_{x}") for x in ("features", "channels")):
-        return False
-    owner, key = _source(layer, "weight")
-    weight = owner._parameters.get(key)
-    return isinstance(weight, UninitializedParameter) or (
-        weight is not None and weight.dim() == 2 and weight.is_floating_point()
-    )
-
-
-def _expert_stacks(module: nn.Module) -> list[str]:
-    """The parameters (k, m, n) of a module that is one of experts by its class's name, or holds their number k."""
-    counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
-    by_name = "expert" in type(module).__name__.lower()
-    if not by_name and not counts:
-        return []
-    return [
-        name
-        for name, p in module._parameters.items()
-        if p is not None
-        and not isinstance(p, UninitializedParameter)
-        and (p.dim() == 3 and p.is_floating_point() and min(p.shape[1:]) > 1)
-        and (by_name or p.shape[0] in counts)
-    ]
-
-
-def _output_heads(root: nn.Module) -> set[nn.Module]:
-    """The output embeddings of every Hugging Face model in ``root``, and every layer that is tied to an embedding."""
-    getters = (getattr(module, "get_output_embeddings", None) for module in root.modules())
-    heads = [getter() for getter in getters if callable(getter)]
-    embedded = {module._parameters.get("weight") for module in root.modules() if isinstance(module, nn.Embedding)}
-    tied = {module for module in root.modules() if module._parameters.get("weight") in embedded - {None}}
-    return tied | {module for head in heads if isinstance(head, nn.Module) for module in head.modules()}
-
-
-def _outside_metrics(module: nn.Module) -> set[nn.Module]:
-    """``module`` and all inside it that can be reached without entering a torchmetrics metric, whose networks judge."""
-    reached: set[nn.Module] = set()
-    waiting = [module]
-    while waiting:
-        if (module := waiting.pop()) not in reached and not isinstance(module, Metric):
-            reached.add(module)
-            waiting += module.children()
-    return reached
-
-
-def _obstacle(target: Target, gradient: str) -> tuple[str, str] | None:
-    """Why the weight of ``target`` cannot carry an adapter, in a word or two and in a sentence."""
-    name, module = f"{target.name!r} ({target.kind})", target.module
-    if hasattr(module, "lora") and not isinstance(module, Host):
-        return "attribute `lora`", f"{name} has an attribute `lora`, the name an adapter is kept under."
-    weight = module._parameters.get(target.parameter)
-    if weight is None:
-        kinds = [type(part).__name__.lstrip("_") for part in _parametrizations(module, target.parameter)]
-        words = " and ".join(re.sub("(?<=[a-z])(?=[A-Z])", " ", kind).lower() for kind in kinds)
-        return words or "computed weight", (
-            f"The weight of {name} is computed by a parametrization or a hook, so no adapter can be merged into it."
-            " Remove the parametrization, or name the module in `exclude_modules`."
-        )
-    if isinstance(weight, UninitializedParameter):
-        return "lazy", f"{name} is lazy and its shape is not known yet. Run one batch through the module before `fit`."
-    if weight.is_meta:
-        return "meta device", (
-            f"The weight of {name} is on the meta device: it has no values to adapt. Load or materialise the model in"
-            " `__init__`, `setup` or `configure_model`."
-        )
-    if weight.layout != torch.strided:
-        return "sparse", f"{name} is sparse ({weight.layout}), and its increment is dense."
-    if storage_of(module) is None and (weight.dim() < 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2):
-        return "quantised", (
-            f"The weight of {name} is stored as {weight.dtype} in the shape {tuple(weight.shape)}. Of quantised"
-            " weights, those of bitsandbytes' `Linear8bitLt` and `Linear4bit` are supported, and torchao's in a Linear."
-        )
-    if not isinstance(module, nn.Embedding):
-        return None
-    if module.sparse:
-        return "sparse", (
-            f"{name} is an Embedding with `sparse=True`. The gradients of its adapter are dense; use `sparse=False`."
-        )
-    if module.max_norm is not None:
-        return "max_norm", (
-            f"{name} is an Embedding with `max_norm={module.max_norm}`, which rewrites the frozen weight in forward."
-        )
-    if module.scale_grad_by_freq and gradient != "projected":
-        return "scale_grad_by_freq", (
-            f"{name} is an Embedding with `scale_grad_by_freq=True`, which only `gradient='projected'` supports."
-        )
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------- one resolution
@@ -284,8 +85,8 @@ class _Resolution:
             if names[0]
             for module, parameter in own_weights(layer)
         ]
-        self.heads = _output_heads(root)
-        self.judges = set(root.modules()) - (judged := _outside_metrics(root))
+        self.heads = output_heads(root)
+        self.judges = set(root.modules()) - (judged := outside_metrics(root))
         self.all_frozen = not any(
             p.requires_grad for module in judged for p in module._parameters.values() if p is not None
         )
@@ -297,7 +98,10 @@ class _Resolution:
 
     def _target(self, module: nn.Module, parameter: str, layer: nn.Module) -> Target:
         names = tuple(self.aliases[module])
-        return Target(_joined(names[0], parameter), names[0], module, parameter, layer, aliases=names)
+        layer_names = tuple(self.aliases[layer])
+        return Target(
+            joined(names[0], parameter), names[0], module, parameter, layer, aliases=names, layer_aliases=layer_names
+        )
 
     def targets(self) -> Targets:
         options = self.options
@@ -331,7 +135,7 @@ class _Resolution:
             else:
                 self.left_out.setdefault(candidate.name, (candidate.kind, ""))
         for target in adapted:
-            self.left_out.pop(_joined(target.owner, target.parameter), None)
+            self.left_out.pop(joined(target.owner, target.parameter), None)
             self.left_out.pop(target.name, None)
         return Targets(adapted, self._trained_besides(adapted), self._left_out_modules(), self._warnings(adapted))
 
@@ -412,7 +216,7 @@ class _Resolution:
             raise LoRAError(
                 f"The weight of {target.name!r} ({target.kind}) is sharded already. Sharded modules are not supported."
             )
-        if (obstacle := _obstacle(target, self.options.gradient)) is None:
+        if (obstacle := obstacle_of(target, self.options.gradient)) is None:
             return True
         if strict:
             raise LoRAError(obstacle[1])
@@ -488,9 +292,9 @@ class _Resolution:
             asked = by_name or options.rank
             rank = next((r for r in range(min(asked, *target.sides), 0, -1) if _can_have(target, r, options)), 0)
             if by_name is not None and rank != asked:
-                wrong.append(dataclasses.replace(target, rank=rank))
+                wrong.append(dataclasses.replace(target, asked=asked, rank=rank))
             elif rank:
-                ranked.append(dataclasses.replace(target, rank=rank))
+                ranked.append(dataclasses.replace(target, asked=asked, rank=rank))
             elif is_kind(options.target_modules):
                 self.left_out[target.name] = f"too small for init={options.init!r}", ""
             else:
@@ -519,7 +323,7 @@ class _Resolution:
     # ------------------------------------------------------------------------------------------ trained in full
 
     def _trained_besides(self, adapted: list[Target]) -> list[str]:
-        owners = {alias for target in adapted for alias in self.aliases[target.module]}
+        owners = {alias for target in adapted for m in (target.module, target.layer) for alias in self.aliases[m]}
         weights = {target.weight for target in adapted}
 
         def is_trained(parameter: Tensor, names: list[str]) -> bool:
@@ -669,10 +473,11 @@ def _wrong_ranks(wrong: list[Target], found: list[Target], options: Options) -> 
     said, pattern = [], dict(options.rank_pattern or {})
     for target in wrong:
         m, n = target.sides
-        asked = options.rank_of(*target.names)
+        asked = target.asked
         most = f"at most {target.rank}" if asked > min(m, n) else f"{target.rank} would do"
         said.append(f"the rank {asked} of {target.name!r}, whose weight is {m} x {n}: {most}")
-        alone = sum(matches_pattern(name, target.name) for other in found for name in other.names) <= len(target.names)
+        others = (name for other in found if other.name != target.name for name in other.names)
+        alone = not any(matches_pattern(name, target.name) for name in others)
         key = target.name if alone else f"^{re.escape(target.name)}"
         pattern = {key: target.rank, **{name: rank for name, rank in pattern.items() if name != key}}
     kind = "" if options.decomposition == "product" else f" with `decomposition={options.decomposition!r}`"

@@ -101,8 +101,8 @@ def _ranks_asked_for(module: nn.Module) -> dict[str, int]:
     asked = {}
     for path, owner in module.named_modules():
         if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
-            for name in injection.adapted:
-                asked[f"{plain_name(path)}.{name}".lstrip(".")] = injection.options.rank_of(name)
+            for name, rank in injection.asked.items():
+                asked[f"{plain_name(path)}.{name}".lstrip(".")] = rank
     return asked
 
 
