@@ -1,10 +1,12 @@
 """Which modules are adapted: as in PEFT where PEFT says; and what is refused, by name, with nothing changed."""
 
+import ast
 import copy
 import warnings
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -610,6 +612,22 @@ def test_a_layer_that_can_have_no_rank_for_its_start_is_left_out():
     assert (names_of(found), found.left_out) == (["0"], [("1", "too small for init='orthogonal'")])
 
 
+def test_a_pattern_knows_the_weights_of_a_layer_by_the_layers_name_and_the_advice_can_be_followed():
+    module = nn.ModuleDict({"rnn": nn.LSTM(8, 6), "head": nn.Linear(6, 2)})
+    found = resolve(module, Options(rank_pattern={"rnn": 3}))
+    assert [target.rank for target in found.adapted] == [3, 3, 2]
+    with pytest.raises(LoRAError, match="This one would do") as error:
+        resolve(module, Options(rank_pattern={"rnn": 99, "head": 2}))
+    advice = ast.literal_eval(str(error.value).partition("would do: ")[2].rstrip("."))
+    assert [target.rank for target in resolve(module, Options(rank_pattern=advice)).adapted] == [8, 6, 2]
+
+
+def test_dropout_where_there_is_no_input_of_an_increment_is_a_warning_unless_the_layer_is_named():
+    module = nn.ModuleDict({"rnn": nn.LSTM(8, 6), "head": nn.Linear(6, 2)})
+    assert ["'rnn.weight_hh_l0', 'rnn.weight_ih_l0'" in text for text in resolve(module, Options(dropout=0.1)).warnings]
+    assert_refuses(module, LoRAError, "`dropout=0.1` cannot be applied", dropout=0.1, target_modules=["rnn"])
+
+
 # --------------------------------------------------------------------------------------------------------------- names
 
 
@@ -654,6 +672,8 @@ def test_modules_to_save_takes_parameters_and_every_name_of_a_shared_weight():
 
 
 def test_the_name_of_fabrics_wrapper_is_no_part_of_a_name():
+    module = Fabric(accelerator="cpu", devices=1).setup(nn.Sequential(nn.Linear(8, 8)))
+    assert inject(module, rank=2) == list(adapters(module)) == ["0"]
     assert plain_name("_forward_module.encoder.0.weight") == "encoder.0.weight"
     assert state_key("_forward_module.encoder.0.weight") == "encoder.0.weight"
 

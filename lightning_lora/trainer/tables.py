@@ -137,7 +137,10 @@ def _totals(module: nn.Module) -> list[tuple[str, str]]:
         ("  in adapters", _count(in_adapters)),
         ("  besides", f"{_count(besides)}{_owners(name for name, p in base.items() if p.requires_grad)}"),
         ("Params of the model", _count(total)),
-        ("No smaller than their weights", f"{len(large)} adapters{_owners(large)}" if large else ""),
+        (
+            "No smaller than their weights",
+            f"{len(large)} adapter{'s' * (len(large) > 1)}{_owners(large)}" if large else "",
+        ),
         ("Left out", summary(left_out)),
     ]
     return [(label, value) for label, value in rows if value]
