@@ -12,7 +12,20 @@ from lightning_lora._compat import logs_hyperparameters
 from lightning_lora.checkpoint.format import State, damage
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.injection.inject import adapters
-from lightning_lora.injection.options import CHECKPOINTS, Options, check_choice
+from lightning_lora.injection.options import (
+    CHECKPOINTS,
+    AdapterDtype,
+    Bias,
+    Checkpoint,
+    Decomposition,
+    Gradient,
+    Init,
+    Options,
+    Resample,
+    ResampleMoments,
+    check_choice,
+    known_options_only,
+)
 from lightning_lora.memory.report import MemoryReport
 from lightning_lora.trainer import support
 from lightning_lora.trainer.namespaces import for_both_namespaces, is_a
@@ -32,23 +45,31 @@ class LoRA(Callback):
     as they are in the run; after it, and in checkpoints, they are merged and plain.
 
     Args:
-        rank: r, the rank of the increments; at most the smallest side of any target.
-        alpha: The increments are scaled by alpha / r. The default makes the scale 1.
-        target_modules: Which modules get an adapter, by PEFT's rules: ``"all-linear"`` is every Linear and ``Conv1D``
-            but the output head of a Hugging Face model; any other string is a regular expression that must match the
-            module's whole name; a list holds names or their dotted suffixes; None is no module.
+        rank: r, the rank of the increments. Where a weight cannot have it (it exceeds the smallest side, or does not
+            divide both for ``decomposition="additive"``), the weight gets the next lower one that it can have.
+        alpha: The increments are scaled by alpha / r, with the r that a weight has. The default makes the scale 1.
+        target_modules: Which modules get an adapter. ``"all"`` is every layer that multiplies its input by a weight:
+            Linear and what is like it, convolutions and transposed ones, Bilinear, attention, RNN, LSTM and GRU, stacks
+            of experts; no embeddings, and no output head of a Hugging Face model or tied to an embedding. By PEFT's
+            rules, ``"all-linear"`` is every Linear and ``Conv1D`` but such a head; any other string is a regular
+            expression that must match the module's whole name; a list holds names or their dotted suffixes; None is no
+            module. Of a module that is a layer of no kind, the layers inside are meant. ``"all"`` and ``"all-linear"``
+            take what requires a gradient, unless nothing does, and leave out what cannot carry an adapter; the table
+            says what. What is named has to be possible.
         exclude_modules: Which of these do not, by the same rules.
         target_parameters: Which other parameters get one, by the same rules for their names: any of two dimensions or
             more, in any module, adapted as by ``gradient="projected"``. A stack (k, m, n) gets k adapters.
-        modules_to_save: Modules that are trained in full, such as a new head, by the same rules.
-        rank_pattern: Names, or regular expressions for names or their dotted suffixes, with a rank of their own.
+        modules_to_save: Modules or parameters that are trained in full, such as a new head or ``"cls_token"``, by the
+            same rules.
+        rank_pattern: Names, or regular expressions for names or their dotted suffixes, with a rank of their own, which
+            these weights have to be able to have.
         alpha_pattern: The same for alpha.
         use_rslora: Scale by alpha / sqrt(r) instead.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"``, those of the adapted modules.
         dropout: Probability that an input of an increment is zeroed while training. Drawn, as by ``nn.Dropout``, from
             torch's global generator.
         decomposition: What the increment is. ``"product"``: B^T A. ``"additive"``: A and B repeated and added, the
-            seed's variant, of a rank up to 2r; the rank must divide both sides of the weight. ``"dora"``: the product,
+            seed's variant, of a rank up to 2r; the rank divides both sides of the weight. ``"dora"``: the product,
             with a trained magnitude for each output. Or the name of a subclass of :class:`~lightning_lora.Adapter`.
         init: Where A and B start, always with the function unchanged. ``"zero"``: A random, B zero. ``"symmetric"``:
             both random, A0 B0 taken away (seed, "Optimization Perspective"). ``"orthogonal"``: both random with
@@ -89,28 +110,29 @@ class LoRA(Callback):
         >>> trainer = Trainer(callbacks=[LoRA(rank=8, target_modules=["q_proj", "v_proj"])], logger=False)
     """
 
+    @known_options_only
     def __init__(
         self,
         rank: int = 8,
         alpha: float | None = None,
-        target_modules: str | list[str] | None = "all-linear",
+        target_modules: str | list[str] | None = "all",
         exclude_modules: str | list[str] | None = None,
         target_parameters: str | list[str] | None = None,
         modules_to_save: str | list[str] | None = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         use_rslora: bool = False,
-        bias: str = "none",
+        bias: Bias = "none",
         dropout: float = 0.0,
-        decomposition: str = "product",
-        init: str = "zero",
-        gradient: str = "factored",
+        decomposition: Decomposition | str = "product",
+        init: Init | str = "zero",
+        gradient: Gradient = "factored",
         resample_every_n_steps: int | None = None,
-        resample: str = "both",
-        resample_moments: str = "transfer",
+        resample: Resample = "both",
+        resample_moments: ResampleMoments = "transfer",
         lr_ratio: float | None = None,
-        adapter_dtype: str = "float32",
-        checkpoint: str = "merged",
+        adapter_dtype: AdapterDtype = "float32",
+        checkpoint: Checkpoint = "merged",
         seed: int = 0,
         exact_resume: bool = False,
         log_memory: bool = True,
@@ -148,6 +170,13 @@ class LoRA(Callback):
         """What the last ``fit`` held, and what full fine-tuning would have; from the first optimizer step on."""
         self._run: Run | None = None
         self._finished: Finished | None = None
+
+    def __repr__(self) -> str:
+        """Name the options that were set."""
+        default = {**vars(Options()), "checkpoint": "merged", "exact_resume": False, "log_memory": True}
+        given = {**vars(self), **vars(self.options)}
+        shown = (f"{name}={given[name]!r}" for name in default if given[name] != default[name])
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the run out: a copy, or what goes to another process, is the same callback outside of it."""

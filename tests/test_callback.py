@@ -305,6 +305,23 @@ def test_layers_that_differ_in_number_only_share_a_row(tmp_path, capsys, caplog)
     assert "layers.11 1 Linear 4 x 8 2 24" in line
 
 
+def test_the_table_says_which_ranks_were_lowered_what_is_large_and_what_is_left_out(tmp_path, capsys, caplog):
+    class Mixed(Net):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, 4)
+            self.judge = nn.Linear(4, 4).requires_grad_(False)
+
+    caplog.set_level(logging.INFO)
+    trainer(tmp_path, LoRA(rank=5), enable_model_summary=True).fit(Mixed(), data())
+    text = capsys.readouterr().out + caplog.text
+    line = " ".join(text[text.index("Adapted modules") :].replace("│", " ").replace("|", " ").split())
+    assert "layers.0 1 Linear 16 x 8 5 120" in line
+    assert "layers.5 1 Linear 4 x 12 4 (full) 64" in line
+    assert "No smaller than their weights 1 adapter (layers.*)" in line
+    assert "Left out 1 Embedding, 1 frozen" in line
+
+
 @pytest.mark.parametrize("silence", ["summary is disabled", "rank is not 0"])
 def test_the_table_is_not_printed_when(silence, tmp_path, capsys, caplog):
     options = {"enable_model_summary": False}

@@ -303,12 +303,6 @@ def test_a_tied_weight_gets_one_adapter_and_the_gradient_of_both_places():
     torch.testing.assert_close(module.head.weight, weight)
 
 
-@pytest.mark.parametrize("gradient", ["factored", "merged"])
-def test_a_tied_weight_is_refused_where_its_gradient_would_be_half(gradient):
-    with pytest.raises(LoRAError, match=r"'embed.weight' and 'head.weight'.*projected"):
-        inject(Tied(), rank=2, target_modules=["embed"], gradient=gradient)
-
-
 # ------------------------------------------------------------------------------------------------ what it costs
 
 

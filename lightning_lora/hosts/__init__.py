@@ -4,12 +4,9 @@ So ``isinstance`` holds, no key of the base model changes, no wrapper adds a lev
 """
 
 from lightning_lora.hosts.choose import (
-    SUPPORTED,
     exact_forward,
     is_linear_like,
-    is_supported,
     is_transposed,
-    own_matrices,
     stacks,
     zero_factor,
 )
@@ -17,14 +14,11 @@ from lightning_lora.hosts.host import Host, adopt, release
 from lightning_lora.weights.quantized import storage_of
 
 __all__ = [
-    "SUPPORTED",
     "Host",
     "adopt",
     "exact_forward",
     "is_linear_like",
-    "is_supported",
     "is_transposed",
-    "own_matrices",
     "release",
     "stacks",
     "storage_of",

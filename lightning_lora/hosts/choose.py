@@ -1,4 +1,4 @@
-"""Which host a module needs."""
+"""What kind of layer a module is, and which forward its adapter gives it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,11 @@ from lightning_lora.hosts import forwards
 from lightning_lora.hosts.host import Forward
 from lightning_lora.weights.quantized import storage_of
 
-SUPPORTED = (
-    "torch.nn.Linear and its subclasses, nn.Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, RNN, LSTM and GRU,"
-    " and transformers' Conv1D; into any other parameter by `target_parameters`"
-)
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _conv1d() -> type[nn.Module] | None:
-    """The class ``Conv1D``, if transformers has been imported; where it has not, no module can be one."""
+    """Return the class ``Conv1D``, if transformers has been imported; where it has not, no module can be one."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
@@ -31,36 +26,23 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """Whether ``module`` computes X W."""
+    """Return whether ``module`` computes X W."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight of ``module`` is stored (n, m)."""
+    """Return whether the weight of ``module`` is stored (n, m)."""
     return isinstance(module, nn.Embedding) or _is_conv1d(module)
 
 
 def zero_factor(module: nn.Module) -> tuple[str]:
-    """Which factor starts at zero, as in PEFT: A for embeddings, B elsewhere."""
+    """Return which factor starts at zero, as in PEFT: A for embeddings, B elsewhere."""
     return ("A",) if isinstance(module, nn.Embedding) else ("B",)
 
 
-def own_matrices(module: nn.Module) -> list[str]:
-    """The weights of a MultiheadAttention, RNN, LSTM or GRU that are its own and not those of a child."""
-    if not isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        return []
-    return [name for name, p in module._parameters.items() if p is not None and "weight" in name and p.dim() == 2]
-
-
 def stacks(module: nn.Module, weight: Tensor) -> bool:
-    """Whether ``weight`` (k, m, n) is a stack of k matrices, such as one for each expert, and no filter."""
-    return weight.dim() == 3 and not isinstance(module, (*CONVOLUTIONS, nn.ConvTranspose1d))
-
-
-def is_supported(module: nn.Module) -> bool:
-    """Whether ``module`` can be named in ``target_modules``."""
-    layers = (nn.Embedding, *CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase)
-    return is_linear_like(module) or isinstance(module, layers)
+    """Return whether ``weight`` (k, m, n) is a stack of k matrices, such as one for each expert, and no filter."""
+    return weight.dim() == 3 and not isinstance(module, (*CONVOLUTIONS, nn.ConvTranspose1d, nn.Bilinear))
 
 
 def exact_forward(module: nn.Module, gradient: str, rescales: bool = False) -> Forward | None:

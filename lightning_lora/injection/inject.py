@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
-from lightning_lora.errors import LoRAError
+from lightning_lora.errors import LoRAError, warn
 from lightning_lora.hosts import (
     Host,
     adopt,
@@ -46,6 +46,10 @@ class Injection:
     """``nn.TransformerEncoder``s whose use of nested tensors, a fast path round the adapters, was turned off."""
     kept: list[str]
     """Quantised layers that are not to be rewritten in an evaluation."""
+    left_out: list[tuple[str, str]]
+    """Layers that could have an adapter and have none: name, and why in a word or two."""
+    asked: dict[str, int]
+    """Name of an adapter -> the rank that the options give to it; its own is lower where its weight is too small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,9 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
     rescales = DECOMPOSITIONS[options.decomposition].rescales
     for own in owners.values():
         host, names = own[0].module, {target.parameter: made[target.name] for target in own}
-        forward = exact_forward(host, options.gradient, rescales) if list(names) == ["weight"] else None
+        # a weight that is tied to an embedding's is stored the other way round than its own layer takes it
+        is_own = list(names) == ["weight"] and names["weight"].transposed == is_transposed(host)
+        forward = exact_forward(host, options.gradient, rescales) if is_own else None
         adopt(host, names, forward, read=storage_of(host) is None)
     injection = Injection(
         options=options,
@@ -145,9 +151,13 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             if isinstance(child, nn.TransformerEncoder) and child.use_nested_tensor and not _may_nest(child)
         ],
         kept=[name for name, child in module.named_modules() if child.__dict__.get(REWRITES)],
+        left_out=found.left_out,
+        asked={target.name: target.asked for target in found.adapted},
     )
     _set_flags(module, injection, adapted=True)
     module.lora_injection = injection  # type: ignore[assignment]
+    for message in found.warnings:
+        warn(message)
     return injection
 
 
@@ -164,16 +174,16 @@ def _make(target: targets.Target, options: Options, holds: bool, padding_idx: in
     stored = storage_of(target.module)
     return DECOMPOSITIONS[options.decomposition].initial(
         target.weight if stored is None else stored.dequantized(),
-        options.rank_of(target.name),
+        target.rank,
         options.seed,
         target.name,
         options.dtype,
-        stacked=stacks(target.module, target.weight),
+        stacked=stacks(target.layer, target.weight),
         init=options.init,
-        scale=options.scale_of(target.name),
+        scale=options.scale_of(*target.names, rank=target.rank),
         dropout=options.dropout,
-        transposed=is_transposed(target.module),
-        zero=zero_factor(target.module),
+        transposed=is_transposed(target.layer),
+        zero=zero_factor(target.layer),
         holds=holds,
         padding_idx=padding_idx,
         resample=None if options.resample_every_n_steps is None else options.resample,
@@ -458,7 +468,7 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 def _set_flags(module: nn.Module, injection: Injection, adapted: bool) -> None:
     for names, flag in ((injection.frozen, not adapted), (injection.thawed, adapted)):
         for name in names:
-            _parameter(module, name).requires_grad_(flag)
+            _parameter(module, name).requires_grad = flag  # the method is not to be had of a lazy one
     for name in injection.unnested:
         setattr(module.get_submodule(name), "use_nested_tensor", not adapted)  # noqa: B010
     for name in injection.kept:
