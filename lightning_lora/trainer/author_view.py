@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_lora.hosts.view import hide_adapters, reading_plain, show_adapters
 from lightning_lora.injection.inject import injections_with_owners, places
@@ -30,11 +31,11 @@ def author_view(module: nn.Module) -> Iterator[None]:
     frozen = frozen_weights(module)
     hide_adapters(module)
     for weight in frozen:
-        weight.requires_grad_(weight.is_floating_point())
+        weight.requires_grad = isinstance(weight, UninitializedParameter) or weight.is_floating_point()
     try:
         with reading_plain(module):
             yield
     finally:
         for weight in frozen:
-            weight.requires_grad_(False)
+            weight.requires_grad = False
         show_adapters(module)
