@@ -635,7 +635,12 @@ def test_the_draws_of_rounding_depend_on_nothing_but_the_run():
             ValueError,
             r"'0.bias' of the shape \(4,\)",
         ),
-        (nn.Sequential(nn.Linear(4, 4)), {"target_parameters": ["0.weight"]}, ValueError, "'0' is targeted twice"),
+        (
+            nn.Sequential(nn.Linear(4, 4)),
+            {"target_modules": ["0"], "target_parameters": ["0.weight"]},
+            ValueError,
+            "'0' is targeted twice",
+        ),
         (nn.Sequential(nn.Linear(4, 4)), {"target_parameters": ["0.wait"]}, ValueError, "'0.wait'.*Did you mean"),
         (nn.Sequential(nn.Linear(4, 4)), {"gradient": "merge"}, ValueError, "'merge'.*Did you mean 'merged'"),
         (nn.Sequential(nn.Linear(4, 4)), {"gradient": "merged", "dropout": 0.1}, ValueError, "dropout.*factored"),
