@@ -33,6 +33,11 @@ def top_pack_hook() -> Any:
     return top and top[0]
 
 
+def saved_tensors_hooks() -> Any:
+    """Return the pack and unpack hooks of the innermost ``saved_tensors_hooks``, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def remove_saved_tensors_hooks(pack: Any) -> None:
     """Take the ``saved_tensors_hooks`` with this pack hook off the stack, whatever stands on them."""
     autograd, above = torch._C._autograd, []

@@ -1,374 +1,410 @@
-"""What reading an adapted weight gives in factored mode: W = W0 + increment, not formed until something asks for it.
+"""What reading a weight gives where the parameter is W0: a handle on (W0, A, B) that is W to whoever uses it.
 
-A lazy weight has the shape, dtype and device of W0 and no storage. It is made by an autograd Function, so whatever
-consumes it sends its gradient G to A and B, where it is projected and freed. What is known to be linear in it (a linear
-layer, a convolution, a lookup, a matrix product) takes the thin path of :mod:`~lightning_lora.gradients.factored`:
-there the operation is known exactly, whatever the class of the module is. Transposing and selecting stay lazy. Anything
-else forms W once; autograd keeps the lazy weight in its place and forms W again in the backward.
+It is a tensor without data, the output of an autograd Function of A and B, so whatever consumes it gives its gradient
+to them: G is projected as it arrives. Its shape, dtype and device are known without W. Products with it take the thin
+path, since then the operation is known exactly; transposing it and selecting from a stack give other handles. Anything
+else forms W, once for a call, and autograd keeps the handle in its place and forms W again in the backward.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
 from lightning_lora.errors import LoRAError
 from lightning_lora.gradients import factored
 from lightning_lora.gradients.autocast import without_autocast
+from lightning_lora.gradients.factored import rescaled
 from lightning_lora.gradients.paths import ConvolutionPath, LookupPath
 from lightning_lora.gradients.presents import presents
 from lightning_lora.gradients.transforms import is_transformed
 
 
-@dataclasses.dataclass(frozen=True)
-class Increment:
-    """W0 and what makes W of it: ``gain * (W0 + scale * B.T @ A)`` as a matrix (m, n) or a stack of such."""
-
-    weight: Tensor
-    """W0 as it is stored, without a gradient."""
-    A: Tensor
-    """(r, n) or (k, r, n), in autograd's graph."""
-    B: Tensor
-    """(r, m) or (k, r, m)."""
-    gain: Tensor | None
-    """(m,) or (k, m)."""
-    scale: float
-    transposed: bool
-    """Whether ``weight`` is stored (n, m)."""
-    dropout: float
-    """Probability that an entry of a thin path's input is zeroed."""
-
-    def as_matrix(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor``, of the weight's shape, as (m, n) or (k, m, n)."""
-        matrix = tensor.flatten(self.A.dim() - 1)
-        return matrix.mT if self.transposed else matrix
-
-    def form(self) -> Tensor:
-        """Return W in the dtype of W0, rounded once from at least float32; differentiable."""
-        dtype = torch.promote_types(torch.promote_types(self.A.dtype, self.weight.dtype), torch.float32)
-        A, B = self.A.to(dtype), self.B.to(dtype)
-        with torch.autocast(self.weight.device.type, enabled=False):
-            delta = (A.mT @ B if self.transposed else B.mT @ A).view(self.weight.shape)
-            W = torch.add(self.weight.to(dtype), delta, alpha=self.scale)
-            if self.gain is not None:
-                W = W * self._by_rows(self.gain)
-        return W.to(self.weight.dtype)
-
-    def _by_rows(self, gain: Tensor) -> Tensor:
-        if self.transposed:
-            return gain.unsqueeze(-2)
-        return gain.view(*gain.shape, *(1 for _ in self.weight.shape[gain.dim() :]))
-
-    def project(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return dA = s B G, dB = s A G^T (article, eq. grad-1) and the gradient of the gain, all thin."""
-        G, dgain = self.as_matrix(gradient), None
-        A, B = self.A.to(G.dtype), self.B.to(G.dtype)
-        AG = A @ G.mT
-        if self.gain is not None:  # W = gain V
-            dgain = (G * self.as_matrix(self.weight).to(G.dtype)).sum(-1) + self.scale * (B * AG).sum(-2)
-            G = G * self.gain.to(G.dtype)[..., None]
-            AG = A @ G.mT
-        return self.scale * (B @ G), self.scale * AG, dgain
-
-    def transpose(self) -> Increment:
-        """Return the increment of the transposed matrix."""
-        return dataclasses.replace(self, weight=self.weight.mT, transposed=not self.transposed)
-
-    def select(self, index: Any) -> Increment:
-        """Return the increment of one matrix of a stack."""
-        gain = None if self.gain is None else self.gain[index]
-        return dataclasses.replace(self, weight=self.weight[index], A=self.A[index], B=self.B[index], gain=gain)
-
-
 @presents(lambda weight, *_: weight)
 def read(weight: Tensor, adapter: Adapter, training: bool) -> Tensor:
-    """Return W for the frozen parameter ``weight``, W0; lazy where Python calls torch, formed in a transform or trace.
+    """W = gain (W0 + increment), in the shape and dtype of ``weight``, which is W0 and has no gradient.
 
-    Args:
-        weight: W0, frozen.
-        adapter: Its adapter.
-        training: Whether dropout applies on thin paths.
+    ``training`` is whether dropout applies, where W meets the inputs in a product.
     """
     A, B = adapter.increment()
+    left, right = (A, B) if adapter.transposed else (B, A)
+    gain = adapter.gain(weight)
+    if torch.compiler.is_compiling() or is_transformed():
+        return _formed(weight, left, right, gain, adapter.transposed, adapter.scale)
     dropout = adapter.dropout if training else 0.0
-    increment = Increment(weight.detach(), A, B, adapter.gain(weight), adapter.scale, adapter.transposed, dropout)
-    if is_transformed() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return increment.form()
-    return lazy(increment)
+    return _lazy(weight, left, right, gain, adapter.transposed, adapter.scale, dropout)
 
 
-def lazy(increment: Increment) -> LazyWeight:
-    """Return the lazy weight of ``increment``, in autograd's graph."""
-    if torch.is_grad_enabled():
-        return _Handle.apply(increment.A, increment.B, increment.gain, increment)
-    return LazyWeight(increment)
+def _formed(base: Tensor, left: Tensor, right: Tensor, gain: Tensor | None, gain_last: bool, scale: float) -> Tensor:
+    """W as a formula, rounded once to the dtype of ``base``, which it is bit for bit where the increment is zero."""
+    dtype = torch.promote_types(torch.promote_types(base.dtype, left.dtype), torch.float32)
+    with torch.autocast(base.device.type, enabled=False):
+        # less a positive zero, since -0.0 plus one is no longer -0.0
+        product = ((-left).mT.to(dtype) @ right.to(dtype)).view(base.shape)
+        W = torch.sub(base.to(dtype), product, alpha=scale)
+    if gain is not None:
+        W = W * _spread(gain, base.dim(), gain_last)
+    return W.to(base.dtype)
+
+
+def _spread(gain: Tensor, dims: int, last: bool) -> Tensor:
+    """``gain``, of rows or of columns, as it can be multiplied with a weight of ``dims`` dimensions."""
+    return gain.unsqueeze(-2) if last else gain.view(*gain.shape, *(1 for _ in range(dims - gain.dim())))
 
 
 class LazyWeight(Tensor):
-    """W as a handle on W0, A and B. See the module's docstring."""
+    """W = gain (W0 + scale left^T right), not formed."""
 
-    increment: Increment
+    base: Tensor
+    left: Tensor
+    right: Tensor
+    gain: Tensor | None
+    gain_last: bool
+    scale: float
+    dropout: float
 
-    @staticmethod
-    def __new__(cls, increment: Increment) -> LazyWeight:
-        W0 = increment.weight
-        made = Tensor._make_wrapper_subclass(cls, W0.shape, strides=W0.stride(), dtype=W0.dtype, device=W0.device)
-        made.increment = increment
-        return made
+    def state(self) -> tuple[Any, ...]:
+        return self.base, self.left, self.right, self.gain, self.gain_last, self.scale, self.dropout
+
+    @torch.no_grad()
+    def form(self) -> Tensor:
+        """W, which no gradient goes through."""
+        return _formed(self.base, self.left, self.right, self.gain, self.gain_last, self.scale)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+        rank = self.left.shape[-2]
+        return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, rank={rank})"
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do what ``func`` asks for in the cheapest way that is known to be right."""
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if func in METADATA or (name == "__get__" and getattr(func.__self__, "__name__", "") in METADATA_NAMES):
-            return super().__torch_function__(func, types, args, kwargs)
-        if (known := KNOWN.get(func)) is not None:
-            result = known(*args, **kwargs)
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if (special := _SPECIAL.get(func)) is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = special(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if name == "__get__" and (attribute := getattr(func.__self__, "__name__", "")) in ATTRIBUTES:
-            return ATTRIBUTES[attribute](args[0])
-        if _writes(func, name, args, kwargs):
-            raise LoRAError(
-                "A weight with an adapter was written to through what reading it gave, and the write would be lost:"
-                " it is W = W0 + increment, computed when it is read. Write to it inside"
-                " `with lightning_lora.merged(module):`, or before the adapters are put in."
-            )
-        formed: dict[int, Tensor] = {}
-        args, kwargs = _with_formed((args, kwargs), formed)
-        with _keeping_lazy(list(formed.values())):
+        _refuse_writing(func, args, kwargs)
+        with _forming() as form:
+            args, kwargs = tree_map_only(LazyWeight, form, (args, dict(kwargs)))
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Form W for callers below Python, but for those that only pass the handle on."""
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return LazyWeight(args[0].increment)
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            LazyWeight, lambda lazy: lazy.increment.form().detach(), (args, kwargs or {})
-        )
+        """Where C++ comes upon a handle."""
+        if func is torch.ops.aten.detach.default:
+            return _bare(*args[0].state())
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight.form, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
-class _Handle(torch.autograd.Function):
-    """Makes the lazy weight, and projects the gradient that arrives for it."""
+def _bare(*state: Any) -> LazyWeight:
+    base, left, right, gain, *rest = state
+    left, right, gain = left.detach(), right.detach(), None if gain is None else gain.detach()
+    lazy: LazyWeight = Tensor._make_wrapper_subclass(
+        LazyWeight, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device
+    )
+    lazy.base, lazy.left, lazy.right, lazy.gain = base, left, right, gain
+    lazy.gain_last, lazy.scale, lazy.dropout = rest
+    return lazy
 
+
+def _lazy(*state: Any) -> LazyWeight:
+    """A handle through which gradients go to its factors and its gain."""
+    _, left, right, gain, *_ = state
+    watched = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (left, right, gain))
+    if not watched:
+        return _bare(*state)
+    lazy: LazyWeight = _Handle.apply(left, right, gain, state)
+    lazy.left, lazy.right, lazy.gain = left, right, gain
+    return lazy
+
+
+class _Handle(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, gain: Tensor | None, increment: Increment) -> LazyWeight:
-        ctx.save_for_backward(A, B, gain)
-        ctx.increment = dataclasses.replace(increment, A=A.detach(), B=B.detach())
-        return LazyWeight(increment)
+    def forward(ctx: Any, left: Tensor, right: Tensor, gain: Tensor | None, state: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(left, right, gain)
+        ctx.rest = state[0], *state[4:]
+        return _bare(*state)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        A, B, gain = ctx.saved_tensors
-        return *dataclasses.replace(ctx.increment, A=A, B=B, gain=gain).project(gradient), None
+        left, right, gain = ctx.saved_tensors
+        base, gain_last, scale, _ = ctx.rest
+        G, dgain = gradient.reshape(*left.shape[:-2], left.shape[-1], right.shape[-1]), None
+        if gain is not None:
+            if ctx.needs_input_grad[2]:
+                V = _formed(base.to(gain.dtype), left, right, None, gain_last, scale).view(G.shape)
+                dgain = (G * V).sum(-2 if gain_last else -1)
+            G = (G * _spread(gain, G.dim(), gain_last)).to(G.dtype)
+        dleft = scale * (right.to(G.dtype) @ G.mT) if ctx.needs_input_grad[0] else None
+        dright = scale * (left.to(G.dtype) @ G) if ctx.needs_input_grad[1] else None
+        return dleft, dright, dgain, None
 
 
 class _Form(torch.autograd.Function):
-    """Forms W of a lazy weight, to which its gradient goes."""
-
     @staticmethod
     def forward(ctx: Any, lazy: LazyWeight) -> Tensor:
-        return lazy.increment.form()
+        return lazy.form()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
-def _with_formed(value: Any, formed: dict[int, Tensor]) -> Any:
-    """Return ``value`` with W in the place of each lazy weight, each formed once."""
-    if isinstance(value, LazyWeight):
-        if id(value) not in formed:
-            W = _Form.apply(value)
-            W.lazy = value
-            formed[id(value)] = W
-        return formed[id(value)]
-    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-        return type(value)(_with_formed(item, formed) for item in value)
-    if isinstance(value, dict):
-        return {key: _with_formed(item, formed) for key, item in value.items()}
-    return value
+class _Again:
+    """Forms W again in a backward, and keeps it until whatever was saved of it has been asked for."""
+
+    def __init__(self, lazy: LazyWeight) -> None:
+        self.lazy = _bare(*lazy.state())
+        self.versions = [(t, t._version) for t in (lazy.base, lazy.left, lazy.right, lazy.gain) if t is not None]
+        self.saved = self.asked = 0
+        self.W: Tensor | None = None
+
+    def form(self) -> Tensor:
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise RuntimeError("A weight or its adapter was changed in place between the forward and its backward.")
+        W = self.lazy.form() if self.W is None else self.W
+        self.asked += 1
+        self.W = W if self.asked % self.saved else None
+        return W
 
 
-def _keeping_lazy(formed: list[Any]) -> AbstractContextManager[Any]:
-    """Have autograd keep lazy weights in the place of ``formed`` ones and of views of them.
+@contextlib.contextmanager
+def _forming() -> Iterator[Callable[[LazyWeight], Tensor]]:
+    """Gives what forms a handle's W, once for each; what autograd saves of these W inside is saved as the handle."""
+    formed: dict[int, Tensor] = {}
+    handles: dict[int, _Again] = {}
 
-    Where hooks of the user's own stand, as those of an activation checkpoint, they see to what is kept.
-    """
-    if not torch.is_grad_enabled() or _compat.top_pack_hook() is not None:
-        return nullcontext()
-    increments = {W.untyped_storage().data_ptr(): W.lazy.increment for W in formed}
+    def form(lazy: LazyWeight) -> Tensor:
+        if id(lazy) not in formed:
+            W = _Form.apply(lazy) if lazy.requires_grad and torch.is_grad_enabled() else lazy.form()
+            formed[id(lazy)] = W
+            handles[W.untyped_storage().data_ptr()] = _Again(lazy)
+        return formed[id(lazy)]
+
+    outer = _compat.saved_tensors_hooks()
 
     def pack(tensor: Tensor) -> Any:
-        plain = type(tensor) is Tensor
-        increment = increments.get(tensor.untyped_storage().data_ptr()) if plain and tensor.numel() else None
-        if increment is None:
-            return tensor
-        return increment, tensor.shape, tensor.stride(), tensor.storage_offset()
+        again = None if type(tensor) is LazyWeight else handles.get(_address(tensor))
+        if again is None:
+            return None, tensor if outer is None else outer[0](tensor)
+        again.saved += 1
+        return again, (tensor.size(), tensor.stride(), tensor.storage_offset())
 
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        increment, shape, stride, offset = kept
-        with torch.no_grad():
-            return increment.form().as_strided(shape, stride, offset)
+    def unpack(packed: Any) -> Tensor:
+        again, rest = packed
+        if again is not None:
+            return again.form().as_strided(*rest)
+        return rest if outer is None else outer[1](rest)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    try:
+        hooks.__enter__()
+    except RuntimeError:  # where somebody forbids them, W is saved as it is
+        yield form
+        return
+    try:
+        yield form
+    finally:
+        hooks.__exit__()
+        formed.clear()
 
 
-# ---------------------------------------------------------------------------------------------- what is known exactly
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # it has no storage
+        return -1
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if not isinstance(weight, LazyWeight) or isinstance(x, LazyWeight) or weight.dim() != 2:
+def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    name = getattr(func, "__name__", "")
+    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    written = [args[0] if args else kwargs.get("tensor")] if in_place else []
+    if any(isinstance(tensor, LazyWeight) for tensor in (*written, kwargs.get("out"))):
+        raise LoRAError(
+            f"`{name}` would write to a weight that is W0 and the increment of an adapter, and what it wrote would be"
+            " lost. Use `with lightning_lora.merged(module):` and write to the plain module's weight inside."
+        )
+
+
+# fmt: off
+_IN_PLACE = (
+    "set", "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift",
+    "irshift",
+)
+# fmt: on
+_WRITES = frozenset(f"__{name}__" for name in _IN_PLACE)
+
+
+# --------------------------------------------------------------------------------- operations that are known exactly
+
+
+def _plain(*tensors: Any) -> bool:
+    return not any(isinstance(tensor, LazyWeight) for tensor in tensors)
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if not _plain(input, bias) or weight.dim() != 2 or (weight.gain is not None and weight.gain_last):
         return NotImplemented
-    increment, plain_bias = weight.increment, bias
-    A, B, gain = increment.A, increment.B, increment.gain
-    if increment.transposed:  # the matrix of this product is the transposed one
-        if gain is not None:
+    y = factored.linear(input, weight.base, bias, weight.right, weight.left, weight.scale, weight.dropout)
+    return rescaled(y, weight.gain, bias)
+
+
+def _matmul(input: Any, other: Any) -> Any:
+    if isinstance(input, LazyWeight) or not isinstance(other, LazyWeight) or other.dim() != 2:
+        return NotImplemented
+    return _linear(input, _transposed(other))
+
+
+def _addmm(bias: Any, input: Any, other: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Any:
+    if out is not None or beta != 1 or alpha != 1 or bias.dim() != 1 or not isinstance(other, LazyWeight):
+        return NotImplemented
+    return _linear(input, _transposed(other), bias) if _plain(bias, input) and other.dim() == 2 else NotImplemented
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None or scale_grad_by_freq or sparse or weight.dim() != 2 or not _plain(input):
+        return NotImplemented
+    if weight.gain is not None and not weight.gain_last:
+        return NotImplemented
+    y = F.embedding(input, weight.base, padding_idx)
+    left, right = weight.left.to(y.dtype), weight.right.to(y.dtype)
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    return rescaled(LookupPath(padding).add(y, input, left, right, weight.scale), weight.gain, None)
+
+
+def _convolve(operation: Callable[..., Tensor]) -> Callable[..., Any]:
+    def convolve(
+        input: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        is_stack = weight.left.dim() != 2
+        if not _plain(input, bias) or is_stack or (weight.gain is not None and weight.gain_last):
             return NotImplemented
-        A, B = B, A
-    if gain is not None:
-        plain_bias = None
-    y = factored.linear(x, increment.weight, plain_bias, A, B, increment.scale, increment.dropout)
-    return factored.rescaled(y, gain, None) + (0 if bias is None else bias) if gain is not None else y
+        y = operation(input, weight.base, bias, stride, padding, dilation, groups)
+        x = F.dropout(input, weight.dropout)
+        A, B = weight.right.to(x.dtype), weight.left.to(x.dtype)
+        path = ConvolutionPath(
+            lambda x, filters: operation(x, filters, None, stride, padding, dilation, groups), weight.shape, groups
+        )
+        return rescaled(path.add(y, x, A, B, weight.scale), weight.gain, bias, channel=1 - weight.dim())
+
+    return convolve
 
 
-def _matmul(x: Any, weight: Any, **kwargs: Any) -> Any:
-    if kwargs or not isinstance(weight, LazyWeight) or weight.dim() != 2 or weight.increment.gain is not None:
+def _transposed(weight: Any) -> LazyWeight:
+    base, left, right, gain, gain_last, *rest = weight.state()
+    return _lazy(base.mT, right, left, gain, not gain_last, *rest)
+
+
+def _transpose(weight: Any, dim0: Any = 0, dim1: Any = 1) -> Any:
+    dims = {d % weight.dim() for d in (dim0, dim1) if isinstance(d, int)}
+    turns = dims == {weight.dim() - 2, weight.dim() - 1}
+    return _transposed(weight) if turns and weight.left.dim() == weight.dim() else NotImplemented
+
+
+def _turn(weight: Any) -> Any:
+    return _transposed(weight) if weight.dim() == 2 else NotImplemented
+
+
+def _turn_last(weight: Any) -> Any:
+    return _transposed(weight) if weight.left.dim() == weight.dim() else NotImplemented
+
+
+def _item(weight: Any, index: Any) -> Any:
+    if not isinstance(weight, LazyWeight) or weight.left.dim() != 3 or isinstance(index, bool):
         return NotImplemented
-    return _linear(x, _transpose(weight))
-
-
-def _along(path: Any, base: Callable[[Tensor], Tensor], x: Tensor, weight: LazyWeight) -> Tensor:
-    increment = weight.increment
-    y = base(increment.weight)
-    x = F.dropout(x, increment.dropout) if increment.dropout and x.is_floating_point() else x
-    return path.add(y, x, increment.A.to(y.dtype), increment.B.to(y.dtype), increment.scale)
-
-
-def _embedding(x: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any) -> Any:
-    plain = isinstance(weight, LazyWeight) and max_norm is None and not any(args) and not any(kwargs.values())
-    if not plain or isinstance(x, LazyWeight) or not weight.increment.transposed or weight.increment.gain is not None:
+    if isinstance(index, Tensor) and (index.dim() or index.dtype.is_floating_point or index.dtype == torch.bool):
         return NotImplemented
-    return _along(LookupPath(padding_idx), lambda W0: F.embedding(x, W0, padding_idx), x, weight)
-
-
-def _convolution(convolve: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(weight, LazyWeight) or isinstance(x, LazyWeight) or weight.increment.gain is not None:
+    if not isinstance(index, int | Tensor):
         return NotImplemented
-    groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
-    path = ConvolutionPath(lambda x, filters: convolve(x, filters, None, *args, **kwargs), weight.shape, groups)
-    return _along(path, lambda W0: convolve(x, W0, bias, *args, **kwargs), x, weight)
+    base, left, right, gain, *rest = weight.state()
+    return _lazy(base[index], left[index], right[index], None if gain is None else gain[index], *rest)
 
 
-def _transpose(weight: Any, *dims: Any) -> Any:
-    sides = {dim % 2 for dim in dims} if dims else {0, 1}
-    if weight.dim() != 2 or weight.increment.weight.dim() != 2 or sides != {0, 1}:
-        return NotImplemented
-    return lazy(weight.increment.transpose())
-
-
-def _select(weight: Any, index: Any) -> Any:
-    if not isinstance(weight, LazyWeight) or weight.increment.A.dim() != 3:
-        return NotImplemented
-    if isinstance(index, Tensor):
-        is_one = index.dim() == 0 and not index.is_floating_point() and index.dtype != torch.bool
-    else:
-        is_one = isinstance(index, int) and not isinstance(index, bool)
-    return lazy(weight.increment.select(index)) if is_one else NotImplemented
+def _select(weight: Any, dim: int, index: int) -> Any:
+    return _item(weight, index) if dim in (0, -weight.dim()) else NotImplemented
 
 
 def _unbind(weight: Any, dim: int = 0) -> Any:
-    if weight.increment.A.dim() != 3 or dim != 0:
+    if weight.left.dim() != 3 or dim not in (0, -weight.dim()):
         return NotImplemented
-    return tuple(_select(weight, index) for index in range(weight.shape[0]))
+    base, left, right, gain, *rest = weight.state()
+    gains = [None] * len(base) if gain is None else gain.unbind()
+    return tuple(_lazy(*one, *rest) for one in zip(base.unbind(), left.unbind(), right.unbind(), gains, strict=True))
 
 
-def _iterate(weight: Any) -> Iterator[Any]:
-    found = _unbind(weight)
-    return NotImplemented if found is NotImplemented else iter(found)
+def _iterate(weight: Any) -> Any:
+    parts = _unbind(weight)
+    return parts if parts is NotImplemented else iter(parts)
 
 
-def _detached(weight: LazyWeight) -> LazyWeight:
-    increment = weight.increment
-    gain = None if increment.gain is None else increment.gain.detach()
-    return LazyWeight(dataclasses.replace(increment, A=increment.A.detach(), B=increment.B.detach(), gain=gain))
+def _detached(weight: Any) -> LazyWeight:
+    """Still a handle, so that what would write to it is refused."""
+    return _bare(*weight.state())
 
 
-KNOWN: dict[Any, Callable[..., Any]] = {
+_ATTRIBUTES: Any = Tensor
+_SPECIAL: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
-    **{c: functools.partial(_convolution, c) for c in (F.conv1d, F.conv2d, F.conv3d)},
+    **{operation: _convolve(operation) for operation in (F.conv1d, F.conv2d, F.conv3d)},
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.t, Tensor.t, torch.transpose, Tensor.transpose), _transpose),
-    Tensor.__getitem__: _select,
-    Tensor.unbind: _unbind,
-    torch.unbind: _unbind,
+    Tensor.__rmatmul__: lambda weight, input: _matmul(input, weight),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    **dict.fromkeys((torch.t, Tensor.t, _ATTRIBUTES.T.__get__), _turn),
+    _ATTRIBUTES.mT.__get__: _turn_last,
+    **dict.fromkeys((torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes), _transpose),
+    Tensor.__getitem__: _item,
+    **dict.fromkeys((torch.select, Tensor.select), _select),
+    **dict.fromkeys((torch.unbind, Tensor.unbind), _unbind),
     Tensor.__iter__: _iterate,
-    Tensor.detach: _detached,
+    **dict.fromkeys((torch.detach, Tensor.detach, _ATTRIBUTES.data.__get__), _detached),
 }
-"""torch function -> what does the same to a lazy weight without forming it, or returns ``NotImplemented``."""
-
-ATTRIBUTES: dict[str, Callable[[LazyWeight], Any]] = {
-    "T": lambda weight: _or_formed(_transpose(weight), weight, "T"),
-    "mT": lambda weight: _or_formed(_transpose(weight), weight, "mT"),
-    "data": _detached,
-}
-
 # fmt: off
-METADATA_NAMES = frozenset((
-    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "grad", "itemsize", "nbytes",
-    "is_cuda", "is_cpu", "is_xpu", "is_mps", "is_xla", "is_hpu", "is_meta", "is_nested", "is_sparse", "is_sparse_csr",
-    "is_quantized", "is_mkldnn", "names", "_version", "output_nr", "retains_grad", "_backward_hooks", "_base",
+_METADATA: frozenset[Any] = frozenset((
+    *(getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "ndim", "layout", "grad", "_grad", "names",
+        "is_cuda", "is_cpu", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn",
+        "itemsize", "nbytes", "output_nr", "retains_grad", "_version", "_backward_hooks",
+    ) if hasattr(Tensor, name)),
+    *(getattr(Tensor, name) for name in (
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_complex",
+        "is_floating_point", "is_signed", "is_inference", "is_conj", "is_neg", "is_same_size", "element_size",
+        "get_device", "data_ptr", "register_hook", "retain_grad", "requires_grad_", "__len__", "__hash__",
+    )),
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    torch.is_floating_point, torch.is_complex, torch.numel,
 ))
-"""Attributes that the handle answers by itself."""
-METADATA = frozenset(getattr(Tensor, name, None) for name in (
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point",
-    "is_complex", "is_signed", "is_inference", "element_size", "get_device", "has_names", "__len__", "__hash__",
-    "__repr__", "register_hook", "retain_grad", "requires_grad_",
-)) | {torch.is_floating_point, torch.is_complex, torch.numel}
-"""Methods and functions that it answers by itself."""
+"""What the handle answers by itself."""
 # fmt: on
-
-
-def _or_formed(found: Any, weight: LazyWeight, name: str) -> Any:
-    if found is not NotImplemented:
-        return found
-    formed: dict[int, Tensor] = {}
-    return getattr(_with_formed(weight, formed), name)
-
-
-def _writes(func: Any, name: str, args: Any, kwargs: Any) -> bool:
-    """Return whether ``func`` writes into a lazy weight."""
-    if isinstance(kwargs.get("out"), LazyWeight):
-        return True
-    into = args[0] if args else kwargs.get("self", kwargs.get("tensor"))
-    if not isinstance(into, LazyWeight):
-        return False
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "__set__") or (name.startswith("__i") and name[3:-2] in IN_PLACE)
-
-
-IN_PLACE = frozenset(
-    ["add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "and", "or", "xor", "lshift", "rshift", "matmul"]
-)
-"""Operators that have an in-place form, as `__iadd__`."""

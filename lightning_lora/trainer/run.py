@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.checkpoint import read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
@@ -353,8 +354,8 @@ class Run:
             p for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
         }
         factors = {p for adapter in adapters(self.module).values() for p in adapter.parameters()}
-        named = self.module.named_parameters()
-        return {name: p for name, p in named if p not in trained and p not in factors and p.is_floating_point()}
+        others = {name: p for name, p in self.module.named_parameters() if p not in trained and p not in factors}
+        return {name: p for name, p in others.items() if not is_lazy(p) and p.is_floating_point()}
 
     def on_log(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Leave out what is logged while gradients are taken before training."""

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_lora.injection.naming import state_key
 from lightning_lora.weights.digest import digest
@@ -305,6 +306,8 @@ def torch_linear() -> Iterator[None]:
 
 
 def numel(parameter: Any) -> int:
-    """The number of entries of the weight that ``parameter`` stores."""
+    """Return the number of entries of the weight that ``parameter`` stores; 0 where it has no shape yet."""
+    if isinstance(parameter, UninitializedParameter):
+        return 0
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
