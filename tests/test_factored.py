@@ -334,7 +334,7 @@ def test_there_is_no_dropout_in_eval_mode():
     net.eval()
     x = torch.randn(3, 6)
     assert torch.equal(net(x), net(x))
-    torch.testing.assert_close(net(x), F.linear(x, net[0].lora.folded_into(net[0].weight), net[0].bias))
+    torch.testing.assert_close(net(x), F.linear(x, net[0].lora.folded_into(net[0]._parameters["weight"]), net[0].bias))
 
 
 # ---------------------------------------------------------------------------------------------- what is kept, allocated

@@ -133,12 +133,28 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             made[target.name] = _make(target, options, holds, padding_idx)
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     rescales = DECOMPOSITIONS[options.decomposition].rescales
-    for own in owners.values():
-        host, names = own[0].module, {target.parameter: made[target.name] for target in own}
-        # a weight that is tied to an embedding's is stored the other way round than its own layer takes it
-        is_own = list(names) == ["weight"] and names["weight"].transposed == is_transposed(host)
-        forward = exact_forward(host, options.gradient, rescales) if is_own else None
-        adopt(host, names, forward, read=storage_of(host) is None)
+    try:
+        for own in owners.values():
+            host, names = own[0].module, {target.parameter: made[target.name] for target in own}
+            # a weight that is tied to an embedding's is stored the other way round than its own layer takes it
+            is_own = list(names) == ["weight"] and names["weight"].transposed == is_transposed(host)
+            forward = exact_forward(host, options.gradient, rescales) if is_own else None
+            adopt(host, names, forward, read=storage_of(host) is None)
+        injection = _finish(module, options, found, made, flags)
+    except BaseException:
+        take_out(module)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad = flags[name]
+        raise
+    for message in found.warnings:
+        warn(message)
+    return injection
+
+
+def _finish(
+    module: nn.Module, options: Options, found: targets.Targets, made: dict[str, Adapter], flags: dict[str, bool]
+) -> Injection:
+    """Freeze what is not trained, and keep on ``module`` what was done to it."""
     injection = Injection(
         options=options,
         adapted=list(made),
@@ -156,8 +172,6 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
     )
     _set_flags(module, injection, adapted=True)
     module.lora_injection = injection  # type: ignore[assignment]
-    for message in found.warnings:
-        warn(message)
     return injection
 
 
@@ -167,7 +181,7 @@ def _may_nest(encoder: nn.TransformerEncoder) -> bool:
     It asks the weights of its first layer alone whether all layers will take that path.
     """
     hosts = [child for child in encoder.modules() if isinstance(child, Host)]
-    return not hosts
+    return all(host.holds_increment for host in hosts)
 
 
 def _make(target: targets.Target, options: Options, holds: bool, padding_idx: int | None) -> Adapter:
