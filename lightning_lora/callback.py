@@ -319,9 +319,11 @@ class LoRA(Callback):
         """Return the adapters that are folded into the weights of ``pl_module``, as they stand in a checkpoint."""
         return self._finished.payload if self._finished is not None and self._finished.belongs_to(pl_module) else None
 
-    def keep_finished(self, pl_module: pl.LightningModule, payload: State | None) -> None:
+    def keep_finished(
+        self, pl_module: pl.LightningModule, payload: State | None, optimizer_states: list[Any] | None = None
+    ) -> None:
         """Keep what it takes to resume a run whose module is plain and merged."""
-        self._finished = None if payload is None else Finished(pl_module, payload)
+        self._finished = None if payload is None else Finished(pl_module, payload, optimizer_states)
 
     def _running(self) -> Run:
         assert self._run is not None, "a hook of training was called before `setup`"

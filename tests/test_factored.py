@@ -31,11 +31,20 @@ class OwnForward(nn.Linear):
         return 2 * F.linear(x, self.weight) if self.bias is None else F.linear(x, self.weight).add(self.bias, alpha=2)
 
 
+def linear(x, weight, bias, adapter, training):
+    dropout = adapter.dropout if training else 0.0
+    return factored.linear(x, weight, bias, *adapter.increment(), adapter.scale, dropout)
+
+
+def add(y, x, adapter, training):
+    return factored.add(y, x, *adapter.increment(), adapter.scale, adapter.dropout if training else 0.0)
+
+
 def apply(form, x, weight, bias, adapter, training=False):
     """The adapted product by either of the two functions."""
     if form == "linear":
-        return factored.linear(x, weight, bias, adapter, training)
-    return factored.add(F.linear(x, weight, bias), x, adapter, training)
+        return linear(x, weight, bias, adapter, training)
+    return add(F.linear(x, weight, bias), x, adapter, training)
 
 
 @st.composite
@@ -184,7 +193,7 @@ def test_a_step_of_sgd_moves_the_weight_as_the_seed_says():
         Y = reference.forward_factored(x, weight.T, A, B)
         W, A, B = reference.sgd_step(W, x.T @ (1 - Y.tanh() ** 2), A, B, lr)
         optimizer.zero_grad()
-        factored.linear(x, weight, None, adapter, True).tanh().sum().backward()
+        linear(x, weight, None, adapter, True).tanh().sum().backward()
         optimizer.step()
     torch.testing.assert_close(adapter.folded_into(weight), W.T, rtol=1e-12, atol=1e-12)
 
@@ -193,11 +202,11 @@ def test_a_step_of_sgd_moves_the_weight_as_the_seed_says():
 def test_a_frozen_factor_gets_no_gradient_and_the_other_its_own(frozen):
     adapter = Adapter(torch.randn(2, 5), torch.randn(2, 4))
     x, weight = torch.randn(3, 5), torch.randn(4, 5)
-    factored.linear(x, weight, None, adapter, True).sum().backward()
+    linear(x, weight, None, adapter, True).sum().backward()
     expected = {name: p.grad.clone() for name, p in adapter.named_parameters()}
     adapter.zero_grad()
     getattr(adapter, frozen).requires_grad_(False)
-    factored.linear(x, weight, None, adapter, True).sum().backward()
+    linear(x, weight, None, adapter, True).sum().backward()
     for name, p in adapter.named_parameters():
         assert p.grad is None if name == frozen else torch.equal(p.grad, expected[name])
 
@@ -217,7 +226,7 @@ def test_an_empty_batch_gives_zero_gradients(form, shape):
 def test_the_output_that_is_added_to_is_left_as_it_is():
     y, x = torch.randn(3, 4), torch.randn(3, 5)
     before, version = y.clone(), y._version
-    factored.add(y, x, Adapter(torch.randn(2, 5), torch.randn(2, 4)), True)
+    add(y, x, Adapter(torch.randn(2, 5), torch.randn(2, 4)), True)
     assert torch.equal(y, before)
     assert y._version == version
 
@@ -261,11 +270,11 @@ def test_a_backward_inside_autocast_equals_one_outside_for_a_float32_island(form
     torch.manual_seed(0)
     adapter = Adapter(torch.randn(2, 6), torch.randn(2, 4))
     x, weight, dy = torch.randn(3, 6, requires_grad=True), torch.randn(4, 6), torch.randn(3, 4)
-    expected = outcome(factored.linear(x, weight, None, adapter, False), x, adapter, dy)
+    expected = outcome(linear(x, weight, None, adapter, False), x, adapter, dy)
     plain = F.linear(x, weight).detach()
     with torch.autocast("cpu", torch.bfloat16):
         with torch.autocast("cpu", enabled=False):
-            y = factored.add(plain, x, adapter, False) if form == "add" else apply(form, x, weight, None, adapter)
+            y = add(plain, x, adapter, False) if form == "add" else apply(form, x, weight, None, adapter)
         actual = outcome(y, x, adapter, dy)
     _, dx, dA, dB = actual
     assert torch.equal(dA, expected[2])
@@ -278,7 +287,7 @@ def test_adding_to_a_float32_output_under_autocast_keeps_it_float32():
     adapter = Adapter(torch.randn(2, 6), torch.zeros(2, 4))
     y = torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(factored.add(y, torch.randn(3, 6), adapter, False), y)
+        assert torch.equal(add(y, torch.randn(3, 6), adapter, False), y)
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -356,9 +365,9 @@ def test_saved_for_backward_are_the_input_the_weights_z_and_a_boolean_mask(form,
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         if form == "linear":
-            factored.linear(x, weight, bias, adapter, True)
+            linear(x, weight, bias, adapter, True)
         else:
-            factored.add(plain, x, adapter, True)
+            add(plain, x, adapter, True)
     given = {t.data_ptr() for t in (x, weight, adapter.A, adapter.B)}
     fresh = [(tuple(t.shape), t.dtype) for t in saved if t.data_ptr() not in given]
     mask = [((b, n), torch.bool)] if dropout else []
@@ -400,7 +409,7 @@ def test_the_backward_allocates_nothing_of_the_size_of_the_weight(form, dropout)
 def test_the_forward_allocates_y_and_z_and_the_backward_the_thin_products_and_dx():
     x, weight, bias, adapter = tensors()
     with Allocations(x, weight, bias, adapter.A, adapter.B) as forward:
-        y = factored.linear(x, weight, bias, adapter, True)
+        y = linear(x, weight, bias, adapter, True)
     assert sorted(forward.sizes) == sorted([b * m, b * r])
     dy = torch.randn_like(y)
     with Allocations(x, weight, bias, adapter.A, adapter.B, dy, *forward.kept) as backward:
@@ -411,7 +420,7 @@ def test_the_forward_allocates_y_and_z_and_the_backward_the_thin_products_and_dx
 
 def test_an_input_that_needs_no_gradient_costs_none():
     x, weight, bias, adapter = tensors()
-    y = factored.linear(x.detach(), weight, bias, adapter, True)
+    y = linear(x.detach(), weight, bias, adapter, True)
     dy = torch.randn_like(y)
     with Allocations(x, weight, bias, adapter.A, adapter.B, dy) as made:
         y.backward(dy)

@@ -22,8 +22,9 @@ from resume import SaveByHand
 from torch import nn
 
 import lightning_lora
-from lightning_lora import LoRA, adapters, inject
-from lightning_lora.checkpoint import states as ckpt
+from lightning_lora import LoRA, adapters, inject, merged_state_dict
+from lightning_lora.checkpoint import read, write
+from lightning_lora.checkpoint.fingerprints import Fingerprints
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import injections
 
@@ -66,9 +67,9 @@ def saved(kind):
             if adapter.resample:
                 adapter.steps = 5
                 adapter.drawn_at = 4
-    state = module.state_dict()
-    payload = ckpt.take_apart(state, module, next(injections(module)).options, form, ckpt.Fingerprints())
-    ckpt.put_out(state, payload)
+    payload = write.describe(module, next(injections(module)).options, form, Fingerprints())
+    state = merged_state_dict(module)
+    write.make_plain(state, payload, {})
     return {"state_dict": {key: value.clone() for key, value in state.items()}, "lightning_lora": payload}
 
 
@@ -89,7 +90,7 @@ def taken_in(kind, plain, file):
     module = MODULES[kind, plain]
     before, steps = [value.clone() for value in module.state_dict().values()], counts(module)
     try:
-        ckpt.take_in(file, module, exact=True)
+        read.prepare_for_loading(file, module, exact=True)
         return dict(file["state_dict"])
     except BaseException:
         assert counts(module) == steps

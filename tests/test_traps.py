@@ -197,12 +197,12 @@ class TogglesAndSaves(Net):
     def training_step(self, batch, batch_idx) -> None:
         for optimizer in self.optimizers():
             self.toggle_optimizer(optimizer)
-            assert not self.layers[0].weight.requires_grad
+            assert not self.layers[0]._parameters["weight"].requires_grad
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             optimizer.step()
             self.untoggle_optimizer(optimizer)
-            assert not self.layers[0].weight.requires_grad
+            assert not self.layers[0]._parameters["weight"].requires_grad
 
     def configure_optimizers(self):
         first, *others = self.layers.children()

@@ -432,6 +432,10 @@ class Adapter(nn.Module):
         if not self.presents_merged or any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Refuse to be called."""
+        raise RuntimeError("An adapter is not a layer: call the module that carries it.")
+
     def extra_repr(self) -> str:
         stack = f"{self.A.shape[0]} x " if self.A.dim() == 3 else ""
         n, m = self.A.shape[-1], self.B.shape[-1]

@@ -13,7 +13,7 @@ from lightning_lora.checkpoint.fingerprints import fingerprint
 from lightning_lora.checkpoint.format import KEY, NUMBERS, State, check_format, check_weights, dtype_of, weight_key
 from lightning_lora.checkpoint.write import fold
 from lightning_lora.errors import LoRAError, warn
-from lightning_lora.injection.inject import Place, places, trained_besides
+from lightning_lora.injection.inject import Place, injections, places, trained_besides
 from lightning_lora.injection.naming import state_key
 from lightning_lora.weights import sharded
 from lightning_lora.weights.quantized import Storage, is_quantized, storages
@@ -234,11 +234,22 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
                     " callback the options of the run that was saved."
                 )
     names = trained_besides(module)
-    if payload["form"] == "adapter" and not set(names) <= set(payload["trained"]):  # a merged file has all weights
+    then = payload.get("options")
+    injected = next((injection.options for injection in injections(module)), None)
+    same = isinstance(then, Mapping) and all(
+        _listed_option(then.get(option)) == _listed_option(getattr(injected, option))
+        for option in ("bias", "modules_to_save")
+    )
+    # what the module's own hooks train besides is no reason: a merged file has all weights
+    if set(names) != set(payload["trained"]) and not (same and payload["form"] == "merged"):
         raise LoRAError(
             f"Besides the adapters, the checkpoint trained {_listed(payload['trained'])} and this run trains"
             f" {_listed(names)}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
         )
+
+
+def _listed_option(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

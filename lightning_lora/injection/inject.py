@@ -181,7 +181,8 @@ def _may_nest(encoder: nn.TransformerEncoder) -> bool:
     It asks the weights of its first layer alone whether all layers will take that path.
     """
     hosts = [child for child in encoder.modules() if isinstance(child, Host)]
-    return all(host.holds_increment for host in hosts)
+    first = any(isinstance(child, Host) for child in encoder.layers[0].modules())
+    return not hosts or (first and all(host.holds_increment for host in hosts))
 
 
 def _make(target: targets.Target, options: Options, holds: bool, padding_idx: int | None) -> Adapter:

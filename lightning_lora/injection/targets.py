@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lora.adapters import DECOMPOSITIONS
 from lightning_lora.errors import LoRAError
-from lightning_lora.hosts import exact_forward, is_linear_like, is_transposed, storage_of
+from lightning_lora.hosts import is_linear_like, is_transposed, storage_of
 from lightning_lora.injection.layers import (
     SUPPORTED,
     Target,
@@ -421,8 +421,9 @@ def _block(name: str) -> str:
 
 
 def _has_thin_path(target: Target) -> bool:
-    """Return whether the input of the increment is known, so that dropout can be applied to it."""
-    return target.parameter == "weight" and exact_forward(target.module, "factored") is not None
+    """Return whether the layer is of a kind that meets its weight in one product, to whose input dropout applies."""
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return target.parameter == "weight" and (isinstance(target.module, kinds) or is_linear_like(target.module))
 
 
 def _refuse_peft(root: nn.Module) -> None:

@@ -22,20 +22,25 @@ def frozen_weights(module: nn.Module) -> dict[Tensor, str]:
 
 
 @contextmanager
-def author_view(module: nn.Module) -> Iterator[None]:
+def author_view(module: nn.Module) -> Iterator[set[Tensor]]:
     """Show ``module`` without adapters, with its author's parameters, names and ``requires_grad``.
 
     What is to get an adapter requires a gradient here even where the author had frozen it, as a frozen tower whose
     layers were asked for by name: a filter by ``requires_grad`` is to find it.
+
+    Yields:
+        A set that has, on leaving, what the author's code has frozen meanwhile.
     """
+    frozen_meanwhile: set[Tensor] = set()
     frozen = frozen_weights(module)
     hide_adapters(module)
     for weight in frozen:
         weight.requires_grad = isinstance(weight, UninitializedParameter) or weight.is_floating_point()
     try:
         with reading_plain(module):
-            yield
+            yield frozen_meanwhile
     finally:
+        frozen_meanwhile |= {weight for weight in frozen if not weight.requires_grad}
         for weight in frozen:
             weight.requires_grad = False
         show_adapters(module)

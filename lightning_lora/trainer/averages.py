@@ -7,6 +7,7 @@ again. Files then have the merged average in ``state_dict``, where that callback
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,9 @@ class Averages:
                 f" step, and with `gradient={options.gradient!r}` weights follow A and B at each step. Use"
                 " `gradient='factored'`, in which A and B alone are averaged."
             )
-        self._callback.setup(trainer, module, "fit")
+        with warnings.catch_warnings():  # of what it has warned before
+            warnings.simplefilter("ignore")
+            self._callback.setup(trainer, module, "fit")
         average = self._average()
         present_merged(average.module, True)
 

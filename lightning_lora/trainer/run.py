@@ -126,6 +126,12 @@ class Run:
         """Whether the Trainer calls its own callbacks, and not those of a tuner's trial steps."""
         return self.trainer.callbacks is self._callbacks  # type: ignore[attr-defined]
 
+    @property
+    def optimizers(self) -> list[Any]:
+        """The Trainer's optimizers; none where it is gone or had not made them."""
+        trainer = self._trainer()
+        return [] if trainer is None else list(trainer.optimizers)
+
     # ------------------------------------------------------------------ the module's hooks, in the order of their calls
 
     def on_setup(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -260,9 +266,13 @@ class Run:
         if self.is_sharded:  # whose parameters are not the author's any more
             configured = original()
         else:
-            with author_view(module):
+            with author_view(module) as frozen_meanwhile:
                 configured = original()
                 refuse_hooked({place.weight: place.key for place in places(module)})
+            owned = {p for o in find_optimizers(configured) for group in o.param_groups for p in group["params"]}
+            for place in places(module):
+                if place.weight in frozen_meanwhile & owned:
+                    raise LoRAError(support.frozen_adapter(place.name))
         optimizers = find_optimizers(configured)
         self.undo_substitutions()
         frozen = self._frozen()
@@ -513,17 +523,20 @@ class Run:
                     f" {max(most for most, _ in errors):.1e} in any entry at most, by"
                     f" {sum(mean for _, mean in errors) / len(errors):.1e} on average."
                 )
+            states = [optimizer.state_dict() for optimizer in self.optimizers]
             merge(module)
-            self.callback.keep_finished(module, payload)
+            self.callback.keep_finished(module, payload, states)
         self.undo_substitutions()
 
 
 class Finished:
     """What it takes to resume a run whose module is plain and merged again."""
 
-    def __init__(self, module: nn.Module, payload: State) -> None:
+    def __init__(self, module: nn.Module, payload: State, optimizer_states: list[Any] | None = None) -> None:
         self._module = weakref.ref(module)
         self.payload = payload
+        self._optimizer_states = optimizer_states
+        """The states of A and B: the optimizers have their weights back."""
         self._seen = {name: seen(weight) for name, weight in self._weights(module)}
 
     def _weights(self, module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -549,4 +562,6 @@ class Finished:
         if edited:
             payload = write.with_new_bases(payload, {name: weights[name] for name in edited})
         write.make_plain(checkpoint["state_dict"], payload, storages(module))
+        if self._optimizer_states is not None and "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = self._optimizer_states
         checkpoint[KEY] = payload

@@ -148,10 +148,7 @@ def check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule, idle: Iter
         if place.weight.requires_grad:
             raise LoRAError(unfrozen(name))
         if not all(p.requires_grad for p in trained):
-            raise LoRAError(
-                f"The adapter of {name!r} is frozen, so it would not be trained. Do not freeze the module after `setup`"
-                " and `configure_model`: LoRA freezes the pretrained weights by itself."
-            )
+            raise LoRAError(frozen_adapter(name))
         if name not in idle and not all(p in optimized for p in trained):
             raise LoRAError(no_optimizer([name], pl_module))
 
@@ -177,6 +174,14 @@ def unfrozen(name: str) -> str:
     return (
         f"The weight of {name!r} was unfrozen after its adapter was put in. An adapted weight stays frozen; to train a"
         " module in full, name it in `modules_to_save`."
+    )
+
+
+def frozen_adapter(name: str) -> str:
+    """Return what to do about an adapter whose weight was frozen by the module's own code."""
+    return (
+        f"The adapter of {name!r} is frozen, so it would not be trained. Do not freeze the module after `setup` and"
+        " `configure_model`: LoRA freezes the pretrained weights by itself."
     )
 
 
