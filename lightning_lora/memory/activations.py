@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -320,12 +320,16 @@ class Watch(TorchFunctionMode):
                 self._inputs.clear()
             return Standing(tensor, self.full if self._counts and not hidden else None)
 
+        func, result = getattr(func, "base", func), packed
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack), self._mode:
-            try:
-                result = getattr(func, "base", func)(*twins[0], **twins[1])
-            except self._fake.DynamicOutputShapeException:
-                with _KnownShape(outputs):
+            with suppress(Exception):  # an operation whose output goes by values, or that has no form without data
+                result = func(*twins[0], **twins[1])
+            if result is packed:
+                packed.clear()
+                with _KnownOutputs(outputs) as known:
                     result = func(*twins[0], **twins[1])
+                if known.after:
+                    raise NotImplementedError(f"{known.after} came after an operation that has no form without data")
         self._pair(outputs, list(tensors_in(result)))
         workspaces = [tensor for tensor in packed if name in RECURRENT and tensor.dtype == torch.uint8]
         if workspaces and not hidden:
@@ -352,11 +356,13 @@ class Watch(TorchFunctionMode):
         if not any(given) or (needed != given and not cls.__module__.startswith("torch.")):
             raise ValueError(f"it is not known what {cls.__name__} would save for gradients that it does not give")
         self.reached = None  # parameters that it has hold of itself
-        new = [None if any(output is arg for arg in args) else self._mode.from_tensor(output.detach()) for output in outputs]
+        new = [tensor for tensor in outputs if not any(tensor is arg for arg in args)]
+        empty = [self._mode.from_tensor(tensor.detach()) for tensor in new]
+        linked = [tensor.requires_grad for tensor in new]
+        inputs = [twin for twin in twins if isinstance(twin, Tensor)]
         with self._mode:
-            for output, twin in zip(outputs, new, strict=True):
-                if twin is not None:
-                    self._twins[output] = twin.requires_grad_().clone() if output.requires_grad else twin
+            joined = _Link.apply(linked, *empty, *inputs)
+        self._pair(new, [one if link else twin for one, link, twin in zip(joined, linked, empty, strict=True)])
         for standing in self._saves:
             if cls.__name__ == "_NoopSaveInputs":  # in older torch
                 self._inputs.append(self._beside(standing))
@@ -378,19 +384,42 @@ def leaves(roots: Iterable[Tensor]) -> set[int]:
     return found
 
 
-class _KnownShape(TorchDispatchMode):
-    """Gives the real output's shape where it depends on values, as in ``x[mask]``."""
+class _KnownOutputs(TorchDispatchMode):
+    """Gives the real outputs' shapes where an operation cannot: one, which must be the last."""
 
     def __init__(self, outputs: list[Tensor]) -> None:
         super().__init__()
-        self._outputs = outputs
+        self._outputs, self._given = outputs, False
+        self.after = ""
+        """An operation that came after it, to which an exception here would be the end of the process."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
-            return func(*args, **(kwargs or {}))
-        except _compat.fake_tensors().DynamicOutputShapeException:
-            (output,) = self._outputs
-            return next(tensors_in(args)).new_empty(output.shape, dtype=output.dtype)
+            result = func(*args, **(kwargs or {}))
+        except Exception:
+            if self._given or not self._outputs or len(func._schema.returns) != len(self._outputs):
+                raise
+        else:
+            if self._given and func is not torch.ops.aten.detach.default and [*tensors_in([result])]:
+                self.after = str(func)
+            return result
+        self._given, device = True, next(tensors_in(args)).device
+        new = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in self._outputs]
+        return new[0] if len(new) == 1 else tuple(new)
+
+
+class _Link(torch.autograd.Function):
+    """Stands in the graph of twins for a function that cannot be followed."""
+
+    @staticmethod
+    def forward(ctx: Any, linked: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(tensor.clone() for tensor in tensors[: len(linked)])
+        ctx.mark_non_differentiable(*(tensor for tensor, link in zip(outputs, linked, strict=True) if not link))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
 
 
 def _unpack(standing: Standing) -> Tensor:
