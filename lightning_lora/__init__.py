@@ -2,7 +2,15 @@
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.callback import LoRA
-from lightning_lora.injection.inject import adapters, inject, merge, merging_errors
+from lightning_lora.injection.inject import (
+    adapters,
+    disabled,
+    inject,
+    merge,
+    merged,
+    merged_state_dict,
+    merging_errors,
+)
 from lightning_lora.memory.estimate import estimate_memory
 from lightning_lora.memory.report import Memory, MemoryReport
 from lightning_lora.steps.attach import attach
@@ -16,8 +24,11 @@ __all__ = [
     "MemoryReport",
     "adapters",
     "attach",
+    "disabled",
     "estimate_memory",
     "inject",
     "merge",
+    "merged",
+    "merged_state_dict",
     "merging_errors",
 ]

@@ -1,4 +1,4 @@
-"""Every private name of torch that the package uses, imported when it is needed."""
+"""Private names of torch and Lightning that this package uses, in one place, each with a fallback or a clear error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from lightning_lora.errors import LoRAError
 
 
 def fake_tensors() -> Any:
@@ -29,6 +31,11 @@ def top_pack_hook() -> Any:
     """Return the pack hook of the innermost ``saved_tensors_hooks``, or None."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return top and top[0]
+
+
+def saved_tensors_hooks() -> Any:
+    """Return the pack and unpack hooks of the innermost ``saved_tensors_hooks``, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def remove_saved_tensors_hooks(pack: Any) -> None:
@@ -99,3 +106,24 @@ def is_fake(tensor: Any) -> bool:
 def no_torch_function() -> Any:
     """Return a context in which no torch function mode and no ``__torch_function__`` is called."""
     return torch._C.DisableTorchFunction()
+
+
+def logs_hyperparameters(module: Any) -> bool:
+    """Return whether a LightningModule lets its hyperparameters be logged: ``save_hyperparameters(logger=False)``."""
+    return getattr(module, "_log_hyperparams", True) is not False
+
+
+def average_model(callback: Any) -> Any:
+    """Return the ``AveragedModel`` of Lightning's ``WeightAveraging``."""
+    model = getattr(callback, "_average_model", None)
+    if model is None:
+        raise LoRAError(
+            f"This version of Lightning keeps the average of {type(callback).__name__} elsewhere. Remove the callback,"
+            " or report this with your version of Lightning."
+        )
+    return model
+
+
+def combined_loader_mode(trainer: Any) -> Any:
+    """Return how the fit loop combines several loaders; Lightning's default where it does not tell."""
+    return getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")

@@ -1,6 +1,7 @@
 """Small LightningModules, data and Trainers. Nothing here imports the library: a process without it uses them too."""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -159,10 +160,19 @@ class Digest(Callback):
     """Hashes of everything that training has made, as it stands when it ends: parameters, buffers, optimizers."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.names = list(pl_module.state_dict())
-        self.module = digest(pl_module.state_dict())
+        self.names = list(trained_state(pl_module))
+        self.module = digest(trained_state(pl_module))
         self.optimizers = digest([optimizer.state_dict() for optimizer in trainer.optimizers])
         self.steps = trainer.global_step
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """What training has made of ``module``: every parameter as it stands, buffers, and the adapters' tensors."""
+    library = sys.modules.get("lightning_lora")
+    known = library.adapters(module) if library is not None else {}
+    factors = {p for adapter in known.values() for p in (*adapter.parameters(), *adapter.buffers())}
+    own = {n: p for n, p in (*module.named_parameters(), *module.named_buffers()) if p not in factors}
+    return own | {f"{n}.lora.{k}": p for n, a in known.items() for k, p in a.state_dict().items()}
 
 
 def digest(value) -> str:

@@ -52,12 +52,10 @@ def refused(folder, model, *callbacks, match, error=BAD, ckpt_path=None, functio
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rank": 5}, ["rank 5", "'layers.5'", "4 x 12", "at most 4"]),
         ({"rank": 2, "rank_pattern": {"layers.0": 9}}, ["rank 9", "'layers.0'", "16 x 8", "at most 8"]),
         ({"rank": 2, "target_modules": ["layer.0"]}, ["`target_modules`", "'layer.0'", "Did you mean", "'layers.0'"]),
         ({"rank": 2, "target_modules": "lay.*6"}, ["`target_modules`", "'lay.*6'", "matches no module"]),
         ({"rank": 2, "target_modules": ["layers.1"]}, ["'layers.1'", "BatchNorm1d", "torch.nn.Linear"]),
-        ({"rank": 2, "target_modules": ["layers"]}, ["'layers'", "Sequential", "layers.0, layers.3, layers.5"]),
         ({"rank": 2, "exclude_modules": ["layers.9"]}, ["`exclude_modules`", "'layers.9'"]),
         ({"rank": 2, "modules_to_save": ["head"]}, ["`modules_to_save`", "'head'"]),
         ({"rank": 2, "exclude_modules": ["layers.0", "layers.3", "layers.5"]}, ["leave no module to adapt"]),
@@ -81,27 +79,19 @@ def test_an_unknown_form_of_checkpoint_is_refused_with_those_there_are():
         LoRA(checkpoint="merge")
 
 
-def test_tied_weights_are_refused_and_both_places_named(tmp_path):
-    model = Net()
-    model.layers[3] = nn.Linear(16, 12)
-    model.twin = nn.Linear(16, 12)
-    model.twin.weight = model.layers[3].weight
-    refused(tmp_path, model, LoRA(rank=2), match=["'layers.3.weight'", "'twin.weight'", "tied"])
-
-
-def test_weights_on_the_meta_device_are_refused(tmp_path):
+def test_weights_on_the_meta_device_that_are_named_are_refused(tmp_path):
     model = Net()
     model.layers[3] = nn.Linear(16, 12, device="meta")
     before = structure(model)
     with pytest.raises(NotImplementedError) as caught:  # Lightning's own, when it moves what is left to the CPU
-        trainer(tmp_path, LoRA(rank=2)).fit(model, data())
+        trainer(tmp_path, LoRA(rank=2, target_modules=["layers.3"])).fit(model, data())
     assert "'layers.3' (Linear) is on the meta device" in str(caught.value.__context__)
     assert structure(model) == before
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.filterwarnings("ignore:The total number of parameters detected")
-def test_lazy_layers_are_refused(tmp_path):
+def test_lazy_layers_that_are_named_are_refused(tmp_path):
     class Lazy(Net):
         def configure_optimizers(self):
             return torch.optim.SGD(self.layers[0].parameters(), lr=0.1)
@@ -110,7 +100,7 @@ def test_lazy_layers_are_refused(tmp_path):
     model.layers[3] = nn.LazyLinear(12)
     names = [type(child) for child in model.modules()]
     with pytest.raises(LoRAError, match=r"'layers\.3' \(LazyLinear\) is lazy"):
-        trainer(tmp_path, LoRA(rank=2)).fit(model, data())
+        trainer(tmp_path, LoRA(rank=2, target_modules=["layers.0", "layers.3"])).fit(model, data())
     assert [type(child) for child in model.modules()] == names
     assert not hasattr(model.layers[0], "lora")
 

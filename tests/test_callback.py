@@ -36,7 +36,8 @@ class Watch(Callback):
         self.trainable = {name for name, p in pl_module.named_parameters() if p.requires_grad}
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.W0 = {f"{name}.weight": pl_module.get_parameter(f"{name}.weight").clone() for name in adapters(pl_module)}
+        named = dict(pl_module.named_parameters())
+        self.W0 = {f"{name}.weight": named[f"{name}.weight"].clone() for name in adapters(pl_module)}
         self.frozen = {name: p.clone() for name, p in pl_module.named_parameters() if not p.requires_grad}
         self.factors = {name: (a.A.detach().clone(), a.B.detach().clone()) for name, a in adapters(pl_module).items()}
         self.dtypes = {p.dtype for a in adapters(pl_module).values() for p in a.parameters()}
@@ -304,6 +305,23 @@ def test_layers_that_differ_in_number_only_share_a_row(tmp_path, capsys, caplog)
     assert "layers.11 1 Linear 4 x 8 2 24" in line
 
 
+def test_the_table_says_which_ranks_were_lowered_what_is_large_and_what_is_left_out(tmp_path, capsys, caplog):
+    class Mixed(Net):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, 4)
+            self.judge = nn.Linear(4, 4).requires_grad_(False)
+
+    caplog.set_level(logging.INFO)
+    trainer(tmp_path, LoRA(rank=5), enable_model_summary=True).fit(Mixed(), data())
+    text = capsys.readouterr().out + caplog.text
+    line = " ".join(text[text.index("Adapted modules") :].replace("│", " ").replace("|", " ").split())
+    assert "layers.0 1 Linear 16 x 8 5 120" in line
+    assert "layers.5 1 Linear 4 x 12 4 (full) 64" in line
+    assert "No smaller than their weights 1 adapter (layers.*)" in line
+    assert "Left out 1 Embedding, 1 frozen" in line
+
+
 @pytest.mark.parametrize("silence", ["summary is disabled", "rank is not 0"])
 def test_the_table_is_not_printed_when(silence, tmp_path, capsys, caplog):
     options = {"enable_model_summary": False}
@@ -341,7 +359,7 @@ class Unused(Net):
 
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
 def test_an_adapter_that_no_gradient_reached_is_named_once_and_the_others_are_not(automatic, tmp_path):
-    with pytest.warns(UserWarning, match="No gradient reached the adapters of spare in the first batch") as caught:
+    with pytest.warns(UserWarning, match="No gradient reached the adapters of 'spare' in the first batch") as caught:
         trainer(tmp_path, LoRA(rank=2), max_epochs=2).fit(Unused(automatic), data())
     assert len([w for w in caught if "No gradient" in str(w.message)]) == 1
 
@@ -375,7 +393,7 @@ class Checkpointed(Net):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_adapters_inside_a_reentrant_checkpoint_are_named_with_what_to_do(tmp_path):
-    with pytest.warns(UserWarning, match=r"adapters of layers\.0 in .*`use_reentrant=False`"):
+    with pytest.warns(UserWarning, match=r"adapters of 'layers\.0' in .*`use_reentrant=False`"):
         trainer(tmp_path, LoRA(rank=2)).fit(Checkpointed(), data())
 
 

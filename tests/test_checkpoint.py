@@ -16,8 +16,10 @@ from models import Digest, Net, ResumableLoader, batches, data, digest, layers, 
 from resume import RESUMED, WEIGHTS_ONLY, SaveByHand
 
 import lightning_lora
-from lightning_lora import LoRA, adapters, inject, merge
-from lightning_lora.checkpoint import states as ckpt
+from lightning_lora import LoRA, adapters, inject, merge, merged_state_dict
+from lightning_lora.checkpoint import read as reading
+from lightning_lora.checkpoint import write
+from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
 from lightning_lora.injection.options import Options
 
 HERE = Path(__file__).parent
@@ -323,7 +325,7 @@ def test_a_callback_used_for_a_second_module_writes_the_second_modules_fingerpri
         model = Net(seed)
         file = tmp_path / f"{seed}.ckpt"
         trainer(tmp_path, lora, SaveByHand(file)).fit(model, data())
-        expected = {f"layers.{i}.weight": ckpt.fingerprint(layers(seed)[i].weight) for i in (0, 3, 5)}
+        expected = {f"layers.{i}.weight": fingerprint(layers(seed)[i].weight) for i in (0, 3, 5)}
         assert read(file)["lightning_lora"]["base"] == expected
         del model
 
@@ -333,7 +335,7 @@ def test_a_second_run_takes_fingerprints_anew_though_a_weight_stands_where_anoth
     lora = LoRA(rank=2)
     for seed in (0, 1):
         place[:] = layers(seed)[0].weight.detach().numpy()
-        model, expected = Net(), ckpt.fingerprint(layers(seed)[0].weight)
+        model, expected = Net(), fingerprint(layers(seed)[0].weight)
         model.layers[0].weight = torch.nn.Parameter(torch.from_numpy(place))
         trainer(tmp_path, lora, SaveByHand(tmp_path / "saved.ckpt")).fit(model, data())
         assert read(tmp_path / "saved.ckpt")["lightning_lora"]["base"]["layers.0.weight"] == expected
@@ -356,14 +358,14 @@ def test_a_hundred_times_saved_and_resumed_changes_no_bit_of_w0_or_the_adapters(
         torch.nn.init.normal_(adapter.B, generator=torch.Generator().manual_seed(1))
     before = digest(module.state_dict())
     for _ in range(100):
-        state = module.state_dict()
-        payload = ckpt.take_apart(state, module, options, "merged", ckpt.Fingerprints())
-        ckpt.put_out(state, payload)
+        payload = write.describe(module, options, "merged", Fingerprints())
+        state = merged_state_dict(module)
         assert not torch.equal(state["0.weight"], module[0].weight)
         file = {"state_dict": {key: value.clone() for key, value in state.items()}, "lightning_lora": payload}
         module = pretrained()
-        ckpt.take_in(file, module, exact=True)
+        reading.prepare_for_loading(file, module, exact=True)
         module.load_state_dict(file["state_dict"])
+        reading.restore_adapters(module, payload)
         assert digest(module.state_dict()) == before
 
 

@@ -37,6 +37,8 @@ again = LightningCLI(
 (first,), (second,) = ([c for c in run.trainer.callbacks if type(c).__name__ == "LoRA"] for run in (cli, again))
 assert first.options == second.options
 assert (first.checkpoint, first.exact_resume) == (second.checkpoint, second.exact_resume) == ("adapter", True)
+with open("help.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.suppress(SystemExit):
+    LightningCLI(Net, Data, args=["fit", "--trainer.callbacks.help=lightning_lora.LoRA"])
 cli.trainer.save_checkpoint("first.ckpt")
 again.trainer.save_checkpoint("second.ckpt")
 """
@@ -114,3 +116,12 @@ def test_the_printed_configuration_names_every_option_and_trains_the_same_run(fo
     first, second = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("first", "second"))
     for name, adapter in first["lightning_lora"]["adapters"].items():
         assert torch.equal(adapter["B"], second["lightning_lora"]["adapters"][name]["B"])
+
+
+def test_the_help_shows_the_choices_and_no_option_that_does_not_exist(folder):
+    text = (folder / "help.txt").read_text()
+    assert "gradient {factored,merged,projected}" in text
+    assert "bias {none,all,lora_only}" in text
+    assert "checkpoint {merged,adapter}" in text
+    assert "kwargs" not in text
+    assert "lora_alpha" not in text

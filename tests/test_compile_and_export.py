@@ -314,7 +314,7 @@ class Parts(nn.Module):
         self.head = nn.Sequential(wrap(nn.LayerNorm(4)), nn.Linear(4, 2))
 
 
-ALL_PARTS = ["tower.0", "tower.2", "single", "attention.out_proj", "head.1"]
+ALL_PARTS = ["tower.0", "tower.2", "single", "attention.in_proj_weight", "attention.out_proj", "head.1"]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ ALL_PARTS = ["tower.0", "tower.2", "single", "attention.out_proj", "head.1"]
         ({"target_modules": ["tower.0", "single"]}, ["tower.0", "single"]),
         ({"target_modules": ["attention"]}, ["attention.in_proj_weight", "attention.out_proj"]),
         ({"target_modules": None, "target_parameters": ["single.weight"]}, ["single"]),
-        ({"exclude_modules": ["tower", "single"]}, ["attention.out_proj", "head.1"]),
+        ({"exclude_modules": ["tower", "single"]}, ["attention.in_proj_weight", "attention.out_proj", "head.1"]),
         ({"modules_to_save": ["head"]}, ALL_PARTS[:-1]),
         ({"rank_pattern": {"single": 1}, "alpha_pattern": {r"tower\.0": 8}}, ALL_PARTS),
     ],

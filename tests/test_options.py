@@ -1,5 +1,7 @@
 """Bad values are refused by name, good ones come to a rank and a scale for each layer."""
 
+import dataclasses
+import inspect
 import json
 import math
 from fractions import Fraction
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lora import LoRA, inject
-from lightning_lora.injection.options import Options, matches, matches_pattern
+from lightning_lora.errors import LoRAError
+from lightning_lora.injection.options import Options, differences, matches, matches_pattern, nearest
 
 BAD = [
     ("rank", 0),
@@ -102,6 +105,53 @@ def test_an_unknown_form_of_checkpoint_is_refused(value):
 def test_an_option_that_does_not_exist_is_a_type_error():
     with pytest.raises(TypeError, match="ranks"):
         inject(nn.Sequential(nn.Linear(8, 8)), ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"r": 8, "lora_alpha": 16}, r"`r`: it is `rank`\. `lora_alpha`: it is `alpha`"),
+        ({"lora_dropout": 0.1}, "it is `dropout`"),
+        ({"init_lora_weights": "pissa"}, "it is `init`"),
+        ({"use_dora": True}, r"it is `decomposition='dora'`"),
+        ({"layers_to_transform": [2]}, "name the layers in `target_modules`"),
+        ({"task_type": "CAUSAL_LM"}, "leave it out"),
+        ({"drop_out": 0.1}, "Did you mean 'dropout'"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("take", [LoRA, Options, lambda **o: inject(nn.Sequential(nn.Linear(8, 8)), **o)])
+def test_options_of_peft_are_answered_with_ours(take, options, match):
+    for error in (TypeError, LoRAError):
+        with pytest.raises(error, match=match):
+            take(**options)
+
+
+def test_the_signature_of_the_callback_names_every_option_and_no_other():
+    names = set(inspect.signature(LoRA).parameters)
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert names == fields | {"checkpoint", "exact_resume", "log_memory"}
+    defaults = {name: p.default for name, p in inspect.signature(LoRA).parameters.items()}
+    assert all(defaults[name] == getattr(Options(), name) for name in fields)
+
+
+def test_the_callback_shows_what_was_set():
+    assert repr(LoRA()) == "LoRA()"
+    assert repr(LoRA(rank=4, target_modules=["a"], checkpoint="adapter", log_memory=False)) == (
+        "LoRA(rank=4, target_modules=['a'], checkpoint='adapter', log_memory=False)"
+    )
+
+
+def test_differences_are_those_of_two_options():
+    assert differences(Options(rank=2), Options(alpha=3.0)) == "rank=2 against rank=8, alpha=None against alpha=3.0"
+    assert differences(Options(), Options()) == ""
+
+
+@given(st.lists(st.sampled_from(["a.qkv", "b.qkv", "c.proj"])))
+def test_a_hint_names_nothing_twice_and_not_what_was_given(allowed):
+    hint = nearest("qkv", allowed)
+    assert "'qkv'" not in hint
+    assert len(set(hint.split(" or "))) == len(hint.split(" or "))
 
 
 def test_options_cannot_be_changed():

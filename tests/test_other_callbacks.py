@@ -34,7 +34,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from lightning_utilities.core.imports import RequirementCache
-from models import Digest, Net, ResumableLoader, ScheduledNet, data, digest, layers, structure, trainer
+from models import Digest, Net, ResumableLoader, ScheduledNet, data, digest, layers, structure, trained_state, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -101,9 +101,11 @@ class Model(Net):
             inject(self, **lora)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
-        if self.lora is not None:
-            attach(self, optimizer)
+        if self.lora is None:
+            return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+        factors = [p for adapter in adapters(self).values() for p in adapter.trained.values()]
+        optimizer = torch.optim.Adam(factors, lr=self.hparams["lr"])
+        attach(self, optimizer)
         return optimizer
 
     def train_dataloader(self):
@@ -457,7 +459,7 @@ def test_a_run_with_it_resumes_bitwise_or_as_it_does_without_us(name, mode, orde
 
 
 def state(trainer, pl_module) -> str:
-    return digest([pl_module.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]])
+    return digest([trained_state(pl_module), [optimizer.state_dict() for optimizer in trainer.optimizers]])
 
 
 class AtStart(Callback):

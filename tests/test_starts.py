@@ -75,13 +75,14 @@ def test_its_factors_have_half_the_rank_and_span_together_all_rows():
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_an_odd_rank_is_refused_by_the_layers_name(gradient):
+def test_an_odd_rank_is_lowered_unless_it_was_given_by_name(gradient):
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     options = {"init": "orthogonal", "gradient": gradient}
-    with pytest.raises(ValueError, match=r"init='orthogonal'.*even rank.*'1' is 3.*rank_pattern=\{'1': 4\}"):
+    with pytest.raises(ValueError, match=r"init='orthogonal'`: the rank 3 of '1', .*: 2 would do.*\{'1': 2\}"):
         inject(net, rank=2, rank_pattern={"1": 3}, **options)
     assert [type(m) for m in net] == [nn.Linear, nn.Linear]
-    assert inject(net, rank=2, **options) == ["0", "1"]
+    assert inject(net, rank=3, **options) == ["0", "1"]
+    assert [adapter.rank for adapter in adapters(net).values()] == [2, 2]
 
 
 # --------------------------------------------------------------------------------------------------------------- PiSSA
@@ -537,9 +538,11 @@ def test_inject_has_no_batches_and_refuses_it():
     assert type(net[0]) is nn.Linear
 
 
-def test_a_layer_too_small_for_2r_vectors_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"init='gradient'.*'layers.5' is 4 x 12.*at most 2, not 3"):
-        start(tmp_path, Net(), lora={"rank": 3})
+def test_a_layer_too_small_for_2r_vectors_is_refused_where_its_rank_was_given_by_name(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"init='gradient'`: the rank 3 of 'layers.5', whose weight is 4 x 12: 2 would"
+    ):
+        start(tmp_path, Net(), lora={"rank": 3, "rank_pattern": {"layers.5": 3}})
 
 
 # ------------------------------------------------------------------------------------------- all of them in every run

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
-from models import Digest, Net, ResumableLoader, data, digest, layers, structure, trainer
+from models import Digest, Net, ResumableLoader, data, digest, layers, structure, trained_state, trainer
 from resume import RESUMED, Run, SaveByHand
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,10 +17,10 @@ class State(Callback):
     """The module's state when training starts and when it ends."""
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self.start = {key: value.clone() for key, value in pl_module.state_dict().items()}
+        self.start = {key: value.clone() for key, value in trained_state(pl_module).items()}
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.end = {key: value.clone() for key, value in pl_module.state_dict().items()}
+        self.end = {key: value.clone() for key, value in trained_state(pl_module).items()}
         self.dtypes = {name: {p.dtype for p in a.parameters()} for name, a in adapters(pl_module).items()}
         self.state_dtypes = {
             value.dtype
@@ -58,7 +58,7 @@ def test_3_a_file_without_callbacks_restores_the_adapters_of_an_injected_module(
     model = Net()
     inject(model, rank=2)
     trainer(tmp_path, LoRA(rank=2)).validate(model, data(), ckpt_path=tmp_path / "saved.ckpt", verbose=False)
-    assert digest(dict(sorted(model.state_dict().items()))) == digest(dict(sorted(state.end.items())))
+    assert digest(dict(sorted(trained_state(model).items()))) == digest(dict(sorted(state.end.items())))
 
 
 def test_3_a_plain_state_loads_strictly_into_the_adapted_module_and_is_the_whole_weight(tmp_path):

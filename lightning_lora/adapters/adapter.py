@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -52,6 +51,12 @@ class Adapter(nn.Module):
     """Whether A and B project, so that they can be drawn anew."""
     rescales: ClassVar[bool] = False
     """Whether :meth:`gain` gives a factor for each output."""
+    enabled: bool = True
+    """Whether the module computes with the increment; else, for a while, with W0 alone."""
+    reads_plain: bool = False
+    """Whether reading the weight gives the parameter itself, for a while."""
+    presents_merged: bool = False
+    """Whether the state dict of the module has the merged weight, and nothing of this adapter."""
     per_output: ClassVar[tuple[str, ...]] = ()
     """Names of further tensors that every checkpoint has, with one entry for each output: (m,) or (k, m)."""
 
@@ -182,20 +187,6 @@ class Adapter(nn.Module):
         self.fixed = (*self.fixed, *(name for name in names if name not in self.fixed))
         for name in names:
             getattr(self, name).requires_grad_(False)
-
-    @property
-    def _forward_pre_hooks(self) -> dict[int, Callable[..., Any]]:
-        """Off the fast path of ``nn.TransformerEncoderLayer`` unless W holds the increment and no gradient is taken.
-
-        That path, for inference, reads its Linears' weights and never calls them. A hook anywhere below it turns it
-        off; this module itself is never called.
-        """
-        by_weight = self.holds and not torch.is_grad_enabled()
-        return OrderedDict() if by_weight else OrderedDict({0: _never_called})
-
-    @_forward_pre_hooks.setter
-    def _forward_pre_hooks(self, hooks: dict[int, Callable[..., Any]]) -> None:
-        """``nn.Module`` makes them; here they are never kept."""
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -413,6 +404,13 @@ class Adapter(nn.Module):
             self.draw()
         return {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
 
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy ``tensors``, by their names in the adapter's own state dict, into it."""
+        own = self.state_dict()
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Adapter:
         """The adapter that ``state`` was taken of, to fold it into a weight or out."""
@@ -422,6 +420,17 @@ class Adapter(nn.Module):
         for name, value in tensors.items():
             adapter.register_parameter(name, nn.Parameter(value, requires_grad=False))
         return adapter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return A, B and what else there is; leave them out of a module's state dict that has merged weights."""
+        destination = kwargs.get("destination", args[0] if args else None)
+        if self.presents_merged and destination is not None:
+            return destination
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not self.presents_merged or any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         stack = f"{self.A.shape[0]} x " if self.A.dim() == 3 else ""
@@ -448,7 +457,3 @@ def _bound(weight: Tensor, base: Tensor, dtype: torch.dtype) -> float:
     largest = weight.abs().max().item() + base.abs().max().item()
     subnormal = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
     return roundoff * (1 + roundoff) * largest + subnormal
-
-
-def _never_called(*_: Any) -> None:
-    raise RuntimeError("An adapter is not a layer: call the module that carries it.")

@@ -9,6 +9,7 @@
               decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
               is not trained is left out
     trained   keys in state_dict of the base's parameters that are trained in full
+    idle      names of adapters that no optimizer trains, from version 2 on: they are zero and left out
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
               file that has it dequantised
@@ -33,7 +34,7 @@ from lightning_lora.injection.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMP
 from lightning_lora.weights.quantized import Storage, is_quantized
 
 KEY = "lightning_lora"
-VERSION = 1
+VERSION = 2
 NUMBERS = tuple(getattr(torch, dtype) for dtype in ADAPTER_DTYPES)
 """The dtypes of what is computed with."""
 
@@ -55,6 +56,8 @@ def check_format(payload: Any) -> None:
         if not isinstance(payload.get(field), kind):
             raise _malformed(f"`{field}` is missing or no {kind.__name__}")
     check_choice(f"{KEY}.form", payload["form"], CHECKPOINTS)
+    if not isinstance(payload.get("idle", []), list):
+        raise _malformed("`idle` is no list")
     for field in ("adapters", "trained", "base"):
         if not all(isinstance(name, str) for name in payload[field]):
             raise _malformed(f"`{field}` is not a {kinds[field].__name__} of names")
@@ -74,7 +77,10 @@ def check_format(payload: Any) -> None:
         dtype = dtype_of(expected) if isinstance(expected, str) else None
         if dtype is None or (is_quantized(expected) and dtype not in NUMBERS):
             raise _malformed(f"the fingerprint of {key!r} is {expected if isinstance(expected, str) else 'no text'!r}")
-        adapted = {plain_name(key), plain_name(key).removesuffix(".weight")} & payload["adapters"].keys()
+        adapted = {plain_name(key), plain_name(key).removesuffix(".weight")} & {
+            *payload["adapters"],
+            *payload.get("idle", ()),
+        }
         if payload["form"] != "adapter" and not adapted and not is_quantized(expected):
             raise _malformed(f"{key!r} in `base` has no adapter")
 

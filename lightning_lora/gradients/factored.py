@@ -22,61 +22,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.gradients.autocast import without_autocast
 from lightning_lora.gradients.transforms import is_transformed
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool) -> Tensor:
-    """``F.linear(x, weight, bias)`` plus the increment of ``adapter``.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Return ``F.linear(x, weight, bias)`` with the increment ``scale * B.T @ A`` of the weight.
 
     Args:
         x: (..., n), any number of leading dimensions, none included.
         weight: W0, (m, n), frozen.
         bias: (m,) or None.
-        adapter: Its A and B are cast to the dtype in which the product is computed: that of ``x``, or autocast's.
-        training: Whether dropout applies.
+        A: (r, n).
+        B: (r, m). Both are cast to the dtype in which the product is computed, the one of ``x`` or autocast's.
+        scale: s.
+        dropout: Probability that an entry of the increment's input is zeroed.
 
     Returns:
         (..., m)
     """
-    x, A, B = _in_one_dtype(x, adapter)
-    mask, scale = _dropout(x, adapter, training)
+    x, A, B = in_one_dtype(x, A, B)
+    mask, scale = _mask(x, scale, dropout)
     if is_transformed():
         return F.linear(x, weight, bias) + increment(scale, x, A, B, mask)
     return _Linear.apply(x, weight, bias, A, B, mask, scale)
 
 
-def add(y: Tensor, x: Tensor, adapter: Adapter, training: bool) -> Tensor:
-    """``y`` plus the increment of ``adapter`` for the input ``x``, where ``y`` (..., m) is any layer's output.
+def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """Return ``y`` (..., m), any layer's output, with the increment for the input ``x`` (..., n); see :func:`linear`.
 
     ``y`` is left as it is, since the graph that made it may need it.
     """
-    x, A, B = _in_one_dtype(x, adapter)
-    mask, scale = _dropout(x, adapter, training)
+    x, A, B = in_one_dtype(x, A, B)
+    mask, scale = _mask(x, scale, dropout)
     if is_transformed():
         return y + increment(scale, x, A, B, mask).to(y.dtype)
     return _Add.apply(y, x, A, B, mask, scale)
 
 
+def rescaled(y: Tensor, gain: Tensor | None, bias: Tensor | None, channel: int = -1) -> Tensor:
+    """Return ``y``, a layer's output with the increment, as it is when its weight is multiplied by ``gain`` (m,)."""
+    if gain is None:
+        return y
+    sides = [1] * y.dim()
+    sides[channel] = -1
+    gain = gain.view(sides)
+    # in the dtype of the gain: in bfloat16 those near 1 would be 1. Where it is 1, y stays as it is, bit for bit.
+    scaled = y * gain if bias is None else torch.addcmul((1 - gain) * bias.view(sides), y, gain)
+    return scaled.to(y.dtype)
+
+
 def increment(s: float, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The increment of Y as a formula, (..., m), which ``torch.func`` differentiates and batches by itself."""
+    """Return the increment of Y as a formula, (..., m), which ``torch.func`` differentiates and batches by itself."""
     return s * ((x if mask is None else x * mask) @ A.T @ B)
 
 
-def _in_one_dtype(x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+def in_one_dtype(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all three in the dtype in which a product of ``x`` is computed: its own, or autocast's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(device))
-    A, B = adapter.increment()
     return x, A.to(x.dtype), B.to(x.dtype)
 
 
-def _dropout(x: Tensor, adapter: Adapter, training: bool) -> tuple[Tensor | None, float]:
-    if not training or adapter.dropout == 0:
-        return None, adapter.scale
-    kept = 1 - adapter.dropout
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(kept), adapter.scale / kept
+def _mask(x: Tensor, scale: float, dropout: float) -> tuple[Tensor | None, float]:
+    if dropout == 0:
+        return None, scale
+    kept = 1 - dropout
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(kept), scale / kept
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -1,37 +1,26 @@
-"""How a module carries an adapter: as its child ``lora``, under a class made of a mixin and its own class.
+"""How a module carries adapters: under a class generated from its own, with A and B in its child ``lora``.
 
 So ``isinstance`` holds, no key of the base model changes, no wrapper adds a level, and undoing it is one assignment.
 """
 
 from lightning_lora.hosts.choose import (
-    SUPPORTED,
+    exact_forward,
     is_linear_like,
-    is_supported,
     is_transposed,
-    layer_host,
-    own_matrices,
     stacks,
     zero_factor,
 )
-from lightning_lora.hosts.host import Host
-from lightning_lora.hosts.parameter import ParameterHost, read_names
-from lightning_lora.hosts.swap import Swapped, swap, unswap
+from lightning_lora.hosts.host import Host, adopt, release
 from lightning_lora.weights.quantized import storage_of
 
 __all__ = [
-    "SUPPORTED",
     "Host",
-    "ParameterHost",
-    "Swapped",
+    "adopt",
+    "exact_forward",
     "is_linear_like",
-    "is_supported",
     "is_transposed",
-    "layer_host",
-    "own_matrices",
-    "read_names",
+    "release",
     "stacks",
     "storage_of",
-    "swap",
-    "unswap",
     "zero_factor",
 ]

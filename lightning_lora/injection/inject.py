@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter
-from lightning_lora.errors import LoRAError
+from lightning_lora.errors import LoRAError, warn
 from lightning_lora.hosts import (
     Host,
-    ParameterHost,
-    Swapped,
+    adopt,
+    exact_forward,
     is_transposed,
-    read_names,
+    release,
     stacks,
     storage_of,
-    swap,
-    unswap,
     zero_factor,
 )
 from lightning_lora.injection import targets
 from lightning_lora.injection.naming import plain_name, state_key, unwrapped
-from lightning_lora.injection.options import Options
+from lightning_lora.injection.options import Options, differences
 from lightning_lora.weights import sharded as shards
-from lightning_lora.weights.quantized import REWRITES, storages
+from lightning_lora.weights.quantized import REWRITES, storages, without_extras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Injection:
     """``nn.TransformerEncoder``s whose use of nested tensors, a fast path round the adapters, was turned off."""
     kept: list[str]
     """Quantised layers that are not to be rewritten in an evaluation."""
+    left_out: list[tuple[str, str]]
+    """Layers that could have an adapter and have none: name, and why in a word or two."""
+    asked: dict[str, int]
+    """Name of an adapter -> the rank that the options give to it; its own is lower where its weight is too small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,14 @@ class Place:
     host: Host
     adapter: Adapter
     weight: Tensor
+
+    def named_factors(self) -> dict[str, nn.Parameter]:
+        """Return the trained tensors of the adapter by their names in the module."""
+        return {f"{self.factors}{name}": p for name, p in self.adapter.trained.items()}
+
+
+INJECTED_BY_CALLBACK: ContextVar[Options | None] = ContextVar("INJECTED_BY_CALLBACK", default=None)
+"""Options that the callback has injected before the module's ``configure_model``, while that runs."""
 
 
 def inject(module: nn.Module, **options: Any) -> list[str]:
@@ -87,7 +99,12 @@ def inject(module: nn.Module, **options: Any) -> list[str]:
             "`init='gradient'` needs batches to compute gradients of, which `inject` has not. Use the `LoRA` callback,"
             " or another `init`."
         )
-    return inject_options(module, Options(**options)).adapted
+    given = Options(**options)
+    if (present := INJECTED_BY_CALLBACK.get()) is not None and adapters(module):
+        if difference := differences(given, present):
+            raise LoRAError(f"The callback has injected other options already: {difference}. Give both the same.")
+        return list(adapters(module))
+    return inject_options(module, given).adapted
 
 
 def inject_options(module: nn.Module, options: Options) -> Injection:
@@ -107,23 +124,21 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
     owners: dict[str, list[targets.Target]] = {}
     for target in found.adapted:
         owners.setdefault(target.owner, []).append(target)
-    by_parameter = {owner for owner, own in owners.items() if any(target.mixin is ParameterHost for target in own)}
     made: dict[str, Adapter] = {}
+    holds = options.gradient != "factored"
     for target in found.adapted:
         if target.name not in made:
-            holds = target.owner in by_parameter or target.mixin.holds_increment
             tied = sum(other.name == target.name for other in found.adapted) > 1  # an output head trains the padding
             padding_idx = None if tied else getattr(target.module, "padding_idx", None)
             made[target.name] = _make(target, options, holds, padding_idx)
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    for owner, own in owners.items():
-        host = own[0].module
-        if owner in by_parameter:
-            host.lora = nn.ModuleDict({target.parameter: made[target.name] for target in own})
-            swap(host, ParameterHost, read_names(host, [target.parameter for target in own]))
-        else:
-            host.lora = made[own[0].name]
-            swap(host, own[0].mixin)
+    rescales = DECOMPOSITIONS[options.decomposition].rescales
+    for own in owners.values():
+        host, names = own[0].module, {target.parameter: made[target.name] for target in own}
+        # a weight that is tied to an embedding's is stored the other way round than its own layer takes it
+        is_own = list(names) == ["weight"] and names["weight"].transposed == is_transposed(host)
+        forward = exact_forward(host, options.gradient, rescales) if is_own else None
+        adopt(host, names, forward, read=storage_of(host) is None)
     injection = Injection(
         options=options,
         adapted=list(made),
@@ -136,9 +151,13 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             if isinstance(child, nn.TransformerEncoder) and child.use_nested_tensor and not _may_nest(child)
         ],
         kept=[name for name, child in module.named_modules() if child.__dict__.get(REWRITES)],
+        left_out=found.left_out,
+        asked={target.name: target.asked for target in found.adapted},
     )
     _set_flags(module, injection, adapted=True)
     module.lora_injection = injection  # type: ignore[assignment]
+    for message in found.warnings:
+        warn(message)
     return injection
 
 
@@ -148,24 +167,23 @@ def _may_nest(encoder: nn.TransformerEncoder) -> bool:
     It asks the weights of its first layer alone whether all layers will take that path.
     """
     hosts = [child for child in encoder.modules() if isinstance(child, Host)]
-    first = any(isinstance(child, ParameterHost) for child in encoder.layers[0].modules())
-    return not hosts or (first and all(host.holds_increment for host in hosts))
+    return not hosts
 
 
 def _make(target: targets.Target, options: Options, holds: bool, padding_idx: int | None) -> Adapter:
     stored = storage_of(target.module)
     return DECOMPOSITIONS[options.decomposition].initial(
         target.weight if stored is None else stored.dequantized(),
-        options.rank_of(target.name),
+        target.rank,
         options.seed,
         target.name,
         options.dtype,
-        stacked=stacks(target.module, target.weight),
+        stacked=stacks(target.layer, target.weight),
         init=options.init,
-        scale=options.scale_of(target.name),
+        scale=options.scale_of(*target.names, rank=target.rank),
         dropout=options.dropout,
-        transposed=is_transposed(target.module),
-        zero=zero_factor(target.module),
+        transposed=is_transposed(target.layer),
+        zero=zero_factor(target.layer),
         holds=holds,
         padding_idx=padding_idx,
         resample=None if options.resample_every_n_steps is None else options.resample,
@@ -193,7 +211,7 @@ def merge(module: nn.Module) -> None:
     stored = storages(module)
     with torch.no_grad():
         for place in found:
-            if place.host.holds_increment or place.key in stored:
+            if place.adapter.holds or place.key in stored:
                 continue
             if sharded:
                 _fold_whole(place)
@@ -211,11 +229,130 @@ def _fold_whole(place: Place) -> None:
     weight[""] = place.adapter.with_tensors(tensors).folded_into(weight[""])
 
 
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """Have ``module`` compute the pretrained function for a while, as the reference model of DPO.
+
+    In factored mode A and B are left aside and nothing is copied. Where the weights hold their increments, these are
+    taken out, and the exact bits are put back on leaving, which takes a copy of the adapted weights.
+
+    Args:
+        module: One that has adapters.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_lora import adapters, disabled, inject
+        >>> module = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> x, names = torch.ones(1, 4), inject(module, rank=2)
+        >>> before = module(x)
+        >>> _ = torch.nn.init.ones_(adapters(module)["0"].B)
+        >>> with disabled(module):
+        ...     torch.equal(module(x), before)
+        True
+    """
+    found = _distinct(module)
+    held = [(place.weight, place.weight.detach().clone(), place.adapter) for place in found if place.adapter.holds]
+    with torch.no_grad():
+        for weight, _, adapter in held:
+            weight.copy_(adapter.folded_out_of(weight)[0])
+    for place in found:
+        place.adapter.enabled = False
+    try:
+        yield
+    finally:
+        for place in found:
+            place.adapter.enabled = True
+        with torch.no_grad():
+            for weight, before, _ in held:
+                weight.copy_(before)
+
+
+@contextmanager
+def merged(module: nn.Module) -> Iterator[None]:
+    """Make ``module`` plain for a while: its own classes and keys, its author's ``requires_grad``, merged weights.
+
+    On leaving it is what it was, bit for bit. A weight that was written to meanwhile becomes the new W0, and its
+    increment zero: what it was set to is what the module goes on with.
+
+    Args:
+        module: One that has adapters. It must not be sharded.
+
+    Raises:
+        LoRAError: If ``module`` has no adapters.
+    """
+    found = _distinct(module)
+    if not found:
+        raise LoRAError(f"{type(module).__name__} has no adapters to merge.")
+    before = [(place.weight, place.weight.detach().clone(), place.adapter) for place in found]
+    with torch.no_grad():
+        for place in found:
+            if not place.adapter.holds:
+                place.weight.copy_(place.adapter.folded_into(place.weight))
+    merged_bits = [weight.detach().clone() for weight, _, _ in before]
+    owners = list(injections_with_owners(module))
+    hosts = [(host, type(host), host.lora, "lora" in vars(host)) for host in module.modules() if isinstance(host, Host)]
+    for host, *_ in hosts:
+        release(host)
+    for owner, injection in owners:
+        _set_flags(owner, injection, adapted=False)
+    try:
+        yield
+    finally:
+        for host, kind, lora, hidden in hosts:
+            (vars(host) if hidden else host._modules)["lora"] = lora
+            host.__class__ = kind
+        for owner, injection in owners:
+            _set_flags(owner, injection, adapted=True)
+        with torch.no_grad():
+            for (weight, bits, adapter), was in zip(before, merged_bits, strict=True):
+                if torch.equal(weight, was):
+                    weight.copy_(bits)
+                else:
+                    adapter.load_tensors(adapter.without_increment(weight))
+
+
+def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the plain model with merged weights, on the CPU, formed one weight at a time.
+
+    Args:
+        module: One that has adapters, or a plain one.
+
+    Returns:
+        Key -> tensor, of the plain model's keys, shapes and dtypes.
+    """
+    by_key = {place.key: place for place in places(module)}
+    factors = tuple(place.factors for place in by_key.values())
+    stored = storages(module)
+    known: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        if key.startswith(factors) or not isinstance(value, Tensor):
+            continue
+        place = by_key.get(key)
+        if place is None or place.adapter.holds or place.adapter.presents_merged:
+            state[key] = value.detach().cpu()
+        elif key in stored:
+            weight = place.adapter.folded_into(stored[key].dequantized())
+            state[key] = weight.to(stored[key].dtype).cpu()
+        else:
+            if id(place.adapter) not in known:
+                known[id(place.adapter)] = place.adapter.folded_into(place.weight).cpu()
+            state[key] = known[id(place.adapter)]
+    without_extras(state, stored)
+    return state
+
+
+def _distinct(module: nn.Module) -> list[Place]:
+    """Return one place of each adapter."""
+    return list({id(place.adapter): place for place in places(module)}.values())
+
+
 def take_out(module: nn.Module) -> None:
     """Makes ``module`` plain again with its weights as they stand: classes, keys, ``requires_grad``."""
     for child in list(module.modules()):
-        while isinstance(child, Swapped):
-            unswap(child)
+        if isinstance(child, Host):
+            release(child)
     for owner in module.modules():
         if (injection := owner.__dict__.pop("lora_injection", None)) is not None:
             _set_flags(owner, injection, adapted=False)
@@ -268,11 +405,29 @@ def merging_errors(module: nn.Module) -> dict[str, tuple[float, float]]:
     return errors
 
 
-def injections(module: nn.Module) -> Iterator[Injection]:
-    """What :func:`inject` did to ``module`` and to modules inside it."""
+def injections_with_owners(module: nn.Module) -> Iterator[tuple[nn.Module, Injection]]:
+    """Yield the modules in ``module`` that were injected, each with what was done to it."""
     for owner in module.modules():
         if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
-            yield injection
+            yield owner, injection
+
+
+def take_out_adapters(module: nn.Module, names: Collection[str]) -> None:
+    """Take the adapters called ``names`` out of ``module``; their weights stay frozen, as they stand."""
+    for place in [place for place in places(module) if place.name in names]:
+        host = place.host
+        rest = {name: adapter for name, adapter in host.adapted().items() if adapter is not place.adapter}
+        release(host)
+        if rest:
+            adopt(host, rest)
+    for _, injection in injections_with_owners(module):
+        injection.adapted[:] = [name for name in injection.adapted if name not in names]
+
+
+def injections(module: nn.Module) -> Iterator[Injection]:
+    """What :func:`inject` did to ``module`` and to modules inside it."""
+    for _, injection in injections_with_owners(module):
+        yield injection
 
 
 def trained_besides(module: nn.Module) -> list[str]:
@@ -313,7 +468,7 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 def _set_flags(module: nn.Module, injection: Injection, adapted: bool) -> None:
     for names, flag in ((injection.frozen, not adapted), (injection.thawed, adapted)):
         for name in names:
-            _parameter(module, name).requires_grad_(flag)
+            _parameter(module, name).requires_grad = flag  # the method is not to be had of a lazy one
     for name in injection.unnested:
         setattr(module.get_submodule(name), "use_nested_tensor", not adapted)  # noqa: B010
     for name in injection.kept:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec, get_args
 
 import torch
 
 from lightning_lora.adapters import DECOMPOSITIONS, INITS, is_init
+from lightning_lora.errors import LoRAError
 
-GRADIENTS = ("factored", "merged", "projected")
-BIASES = ("none", "all", "lora_only")
-RESAMPLES = ("both", "A")
-RESAMPLE_MOMENTS = ("transfer", "reset", "keep")
-CHECKPOINTS = ("merged", "adapter")
-ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+Bias = Literal["none", "all", "lora_only"]
+Decomposition = Literal["product", "additive", "dora"]
+Init = Literal["zero", "symmetric", "orthogonal", "pissa", "pissa_niter_4", "gradient"]
+Gradient = Literal["factored", "merged", "projected"]
+Resample = Literal["both", "A"]
+ResampleMoments = Literal["transfer", "reset", "keep"]
+AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
+Checkpoint = Literal["merged", "adapter"]
+
+RESAMPLES = get_args(Resample)
+CHECKPOINTS = get_args(Checkpoint)
+ADAPTER_DTYPES = get_args(AdapterDtype)
+
+KINDS = ("all", "all-linear")
+"""Values of ``target_modules`` that mean kinds of layers, not names."""
 
 Rule = str | Sequence[str] | None
 """How modules are named, as in PEFT: None is no module, a string is a regular expression that must match the whole
@@ -44,18 +55,76 @@ def matches_pattern(name: str, key: str) -> bool:
     return re.fullmatch(_suffix(key), name) is not None
 
 
+def _any_matches(names: Iterable[str], key: str) -> bool:
+    return any(matches_pattern(name, key) for name in names)
+
+
 def _suffix(key: str) -> str:
     return rf"(?:.*\.)?(?:{key})"
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """A sentence that names what ``given`` may have been meant for; empty where nothing is near."""
-    allowed = list(allowed)
-    suffixes = {name.rpartition(".")[2]: None for name in allowed}
-    found = difflib.get_close_matches(given, [*suffixes, *allowed], n=3, cutoff=0.5)
+    names = dict.fromkeys(allowed)
+    suffixes = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    words = [word for word in {**suffixes, **names} if word != given and not word.isdigit()]
+    found = difflib.get_close_matches(given, words, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
+PEFT = {
+    "r": "it is `rank`",
+    "lora_alpha": "it is `alpha`, whose default makes the scale alpha / r one",
+    "lora_dropout": "it is `dropout`",
+    "init_lora_weights": "it is `init`: 'zero' for True, 'pissa', 'orthogonal', or 'gradient' for LoRA-GA",
+    "use_dora": "it is `decomposition='dora'`",
+    "layers_to_transform": "name the layers in `target_modules`, such as ['layers.2', 'layers.3'], or by a regular"
+    r" expression, such as r'.*layers\.[23]\..*_proj'",
+    "layers_pattern": "name the layers in `target_modules`, by a list or a regular expression",
+    "task_type": "leave it out: a module needs no wrapper; a new head belongs in `modules_to_save`",
+    "fan_in_fan_out": "leave it out: each layer's layout is known",
+    "lora_bias": "an adapter has no bias; those of the layers are trained by `bias='lora_only'`",
+    "trainable_token_indices": "name the embedding in `target_modules`, or in `modules_to_save` to train all of it",
+    "inference_mode": "leave it out: `merge` makes a module plain for inference",
+    "lora_ga_config": "it is `init='gradient'`",
+}
+"""PEFT's names of options -> what to give instead."""
+
+P = ParamSpec("P")
+
+
+class UnknownOption(LoRAError, TypeError):
+    """An option that does not exist; like Python's own error for an argument that does not, a ``TypeError``."""
+
+
+def known_options_only(init: Callable[P, None]) -> Callable[P, None]:
+    """Makes ``init`` answer an argument that it does not have with the name of the one that was meant."""
+    known = [name for name in init.__annotations__ if name != "return"]
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if unknown := [name for name in kwargs if name not in known]:
+            hints = (
+                f"`{name}`: {PEFT[name]}." if name in PEFT else f"`{name}`.{nearest(name, known)}" for name in unknown
+            )
+            raise UnknownOption(f"There is no such option. {' '.join(hints)}")
+        init(*args, **kwargs)
+
+    return checked
+
+
+def differences(a: Any, b: Any) -> str:
+    """Say in which options ``a`` and ``b`` differ: ``"rank=2 against rank=3"``, separated by commas."""
+    pairs = ((field.name, getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a))
+    return ", ".join(f"{name}={one!r} against {name}={other!r}" for name, one, other in pairs if one != other)
+
+
+def _known_fields_only(cls: type[Options]) -> type[Options]:
+    cls.__init__ = known_options_only(cls.__init__)  # type: ignore[method-assign]
+    return cls
+
+
+@_known_fields_only
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What :class:`~lightning_lora.LoRA` and :func:`~lightning_lora.inject` take; the former explains each.
@@ -66,23 +135,23 @@ class Options:
 
     rank: int = 8
     alpha: float | None = None
-    target_modules: Rule = "all-linear"
+    target_modules: Rule = "all"
     exclude_modules: Rule = None
     target_parameters: Rule = None
     modules_to_save: Rule = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     use_rslora: bool = False
-    bias: str = "none"
+    bias: Bias = "none"
     dropout: float = 0.0
-    decomposition: str = "product"
-    init: str = "zero"
-    gradient: str = "factored"
+    decomposition: Decomposition | str = "product"
+    init: Init | str = "zero"
+    gradient: Gradient = "factored"
     resample_every_n_steps: int | None = None
-    resample: str = "both"
-    resample_moments: str = "transfer"
+    resample: Resample = "both"
+    resample_moments: ResampleMoments = "transfer"
     lr_ratio: float | None = None
-    adapter_dtype: str = "float32"
+    adapter_dtype: AdapterDtype = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,22 +164,22 @@ class Options:
             check_count(f"rank_pattern[{key!r}]", rank)
         for key, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
             _check_positive(f"alpha_pattern[{key!r}]", alpha)
-        check_choice("bias", self.bias, BIASES)
-        check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("bias", self.bias, get_args(Bias))
+        check_choice("gradient", self.gradient, get_args(Gradient))
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"`use_rslora` must be True or False, got {self.use_rslora!r}.")
+            raise LoRAError(f"`use_rslora` must be True or False, got {self.use_rslora!r}.")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be a probability in [0, 1), got {self.dropout!r}.")
+            raise LoRAError(f"`dropout` must be a probability in [0, 1), got {self.dropout!r}.")
         if self.dropout and self.gradient != "factored":
-            raise ValueError(
+            raise LoRAError(
                 f"`dropout={self.dropout}` needs `gradient='factored'`, got {self.gradient!r}: where the weight holds"
                 " the increment, the increment has no input of its own."
             )
         if self.lr_ratio is not None:
             _check_positive("lr_ratio", self.lr_ratio)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"`seed` must be an int, got {self.seed!r}.")
+            raise LoRAError(f"`seed` must be an int, got {self.seed!r}.")
         self._check_decomposition()
         self._check_resampling()
 
@@ -119,46 +188,46 @@ class Options:
         if not is_init(self.init):
             check_choice("init", self.init, INITS)
         if self.init != "zero" and not DECOMPOSITIONS[self.decomposition].has_inits:
-            raise ValueError(
+            raise LoRAError(
                 f"`init={self.init!r}` cannot be combined with `decomposition={self.decomposition!r}`: its gradients do"
                 " not depend on where it starts. Leave `init` at 'zero', or use `decomposition='product'`."
             )
 
     def _check_resampling(self) -> None:
         check_choice("resample", self.resample, RESAMPLES)
-        check_choice("resample_moments", self.resample_moments, RESAMPLE_MOMENTS)
+        check_choice("resample_moments", self.resample_moments, get_args(ResampleMoments))
         k = self.resample_every_n_steps
         if k is None:
             for option, default in (("resample", "both"), ("resample_moments", "transfer")):
                 if getattr(self, option) != default:
-                    raise ValueError(
+                    raise LoRAError(
                         f"`{option}={getattr(self, option)!r}` has no effect without `resample_every_n_steps`. Give the"
                         " number of steps after which the projections are drawn anew, such as 1."
                     )
             return
         check_count("resample_every_n_steps", k)
         if self.gradient == "factored":
-            raise ValueError(
+            raise LoRAError(
                 "`resample_every_n_steps` needs `gradient='merged'` or 'projected', got 'factored': at each draw the"
                 " increment is folded into the weight, which 'factored' keeps as it was pretrained."
             )
         if not DECOMPOSITIONS[self.decomposition].has_projections:
-            raise ValueError(
+            raise LoRAError(
                 f"`resample_every_n_steps` needs random projections, and `decomposition={self.decomposition!r}` has"
                 " none that can be drawn anew. Use `decomposition='product'`."
             )
         if self.init != "zero":
-            raise ValueError(
+            raise LoRAError(
                 f"`init={self.init!r}` cannot be combined with `resample_every_n_steps`, whose first draw is the start."
                 " Leave `init` at 'zero'."
             )
         if self.resample == "both" and self.dtype.itemsize < 4:
-            raise ValueError(
+            raise LoRAError(
                 f"`adapter_dtype={self.adapter_dtype!r}` cannot be combined with `resample='both'`: next to drawn"
                 " numbers most steps are lost to rounding. Use 'float32', or `resample='A'`."
             )
         if self.resample == "A" and self.lr_ratio is not None:
-            raise ValueError(
+            raise LoRAError(
                 f"`lr_ratio={self.lr_ratio}` is the learning rate of B over that of A, and with `resample='A'` A is not"
                 " trained. Leave it out."
             )
@@ -168,21 +237,27 @@ class Options:
         """``adapter_dtype`` as a :class:`torch.dtype`."""
         return getattr(torch, self.adapter_dtype)
 
-    def rank_of(self, name: str) -> int:
-        """The rank r of the layer called ``name``: the first key of ``rank_pattern`` that matches it, or ``rank``."""
-        return next((r for key, r in (self.rank_pattern or {}).items() if matches_pattern(name, key)), self.rank)
+    def rank_by_name(self, *names: str) -> int | None:
+        """The value of the first key of ``rank_pattern`` that matches one of the layer's ``names``, if any does."""
+        return next((r for key, r in (self.rank_pattern or {}).items() if _any_matches(names, key)), None)
 
-    def scale_of(self, name: str) -> float:
-        """The scale of the layer called ``name``: alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+    def rank_of(self, *names: str) -> int:
+        """The rank asked for the layer called ``names``: that of ``rank_pattern``, or ``rank``."""
+        return self.rank_by_name(*names) or self.rank
+
+    def scale_of(self, *names: str, rank: int | None = None) -> float:
+        """The scale of the layer called ``names``: alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+
+        r is ``rank``, which the layer has, or by default the one that was asked for.
 
         alpha defaults to whatever makes the scale 1, so that W = W0 + AB (seed, eq. 1). rsLoRA's root is from
         Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (2023).
         """
-        alphas = (alpha for key, alpha in (self.alpha_pattern or {}).items() if matches_pattern(name, key))
+        alphas = (alpha for key, alpha in (self.alpha_pattern or {}).items() if _any_matches(names, key))
         alpha = next(alphas, self.alpha)
         if alpha is None:
             return 1.0
-        rank = self.rank_of(name)
+        rank = self.rank_of(*names) if rank is None else rank
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_primitives(self) -> dict[str, Any]:
@@ -199,12 +274,12 @@ class Options:
 def check_choice(option: str, given: Any, allowed: Sequence[str]) -> None:
     if given not in allowed:
         hint = nearest(given, allowed) if isinstance(given, str) else ""
-        raise ValueError(f"`{option}` must be one of {', '.join(map(repr, allowed))}, got {given!r}.{hint}")
+        raise LoRAError(f"`{option}` must be one of {', '.join(map(repr, allowed))}, got {given!r}.{hint}")
 
 
 def check_count(option: str, count: Any) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"`{option}` must be an int of at least 1, got {count!r}.")
+        raise LoRAError(f"`{option}` must be an int of at least 1, got {count!r}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -213,28 +288,28 @@ def _is_number(value: Any) -> bool:
 
 def _check_positive(option: str, given: Any) -> None:
     if not _is_number(given) or not 0 < given < math.inf:
-        raise ValueError(f"`{option}` must be a positive, finite number, got {given!r}.")
+        raise LoRAError(f"`{option}` must be a positive, finite number, got {given!r}.")
 
 
 def _check_rule(option: str, rule: Any) -> None:
     if isinstance(rule, str):
         _check_regex(option, rule)
     elif rule is not None and not (isinstance(rule, Sequence) and all(isinstance(item, str) for item in rule)):
-        raise ValueError(f"`{option}` must be None, a regular expression or a list of names, got {rule!r}.")
+        raise LoRAError(f"`{option}` must be None, a regular expression or a list of names, got {rule!r}.")
 
 
 def _check_regex(option: str, given: str, compiled: str | None = None) -> None:
     try:
         re.compile(given if compiled is None else compiled)
     except re.error as error:
-        raise ValueError(f"`{option}` has {given!r}, which is not a regular expression: {error}.") from error
+        raise LoRAError(f"`{option}` has {given!r}, which is not a regular expression: {error}.") from error
 
 
 def _pattern(option: str, pattern: Any) -> Mapping[str, Any]:
     if pattern is None:
         return {}
     if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
-        raise ValueError(f"`{option}` must map names or regular expressions to numbers, got {pattern!r}.")
+        raise LoRAError(f"`{option}` must map names or regular expressions to numbers, got {pattern!r}.")
     for key in pattern:
         _check_regex(option, key)
         _check_regex(option, key, _suffix(key))  # which refuses flags for the whole expression: they must stand first

@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
+import sys
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedParameter
 
 from lightning_lora.adapters import DECOMPOSITIONS
 from lightning_lora.errors import LoRAError
-from lightning_lora.hosts import (
+from lightning_lora.hosts import exact_forward, is_linear_like, is_transposed, storage_of
+from lightning_lora.injection.layers import (
     SUPPORTED,
-    Host,
-    ParameterHost,
-    is_linear_like,
-    is_supported,
-    is_transposed,
-    layer_host,
-    own_matrices,
-    stacks,
-    storage_of,
+    Target,
+    joined,
+    obstacle_of,
+    output_heads,
+    outside_metrics,
+    own_weights,
 )
 from lightning_lora.injection.naming import plain_name
-from lightning_lora.injection.options import Options, Rule, matches, matches_pattern, matches_suffix, nearest
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One weight that gets an adapter."""
-
-    name: str
-    """Of the module, where its ``weight`` is meant, else of the parameter."""
-    owner: str
-    module: nn.Module
-    parameter: str
-    mixin: type[Host]
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.module._parameters[self.parameter]
-        assert weight is not None
-        return weight
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(m, n) of the matrix, as it is stored."""
-        if (stored := storage_of(self.module)) is not None:
-            return stored.shape
-        return tuple((self.weight if stacks(self.module, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
+from lightning_lora.injection.options import KINDS, Options, Rule, matches, matches_pattern, matches_suffix, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,92 +35,20 @@ class Targets:
     """In the order of the module; a tied weight has an entry for each place, under one name."""
     trained: list[str]
     """Names of the parameters of the base that are trained in full."""
+    left_out: list[tuple[str, str]]
+    """Layers that could have an adapter and get none: name, and why in a word or two."""
+    warnings: list[str]
 
 
 def resolve(root: nn.Module, options: Options) -> Targets:
-    """Finds what ``options`` name in ``root``.
+    """Find what ``options`` name in ``root``.
 
     Raises:
-        ValueError: If a name or pattern matches nothing, a target is no supported layer, or a rank exceeds a layer.
-        LoRAError: If a target cannot carry an adapter as it is: adapted already, tied, not
-            materialised, sharded, quantised, parametrized.
+        LoRAError: If a name or pattern matches nothing, or what is named cannot carry an adapter: a module that is no
+            supported layer, a weight that is adapted already, not materialised, sharded, quantised, or computed by a
+            parametrization, or that cannot have the rank that ``rank_pattern`` gives to it.
     """
-    # of a wrapper and what it wraps, the latter: it comes later
-    modules = {name: module for path, module in root.named_modules() if (name := plain_name(path))}
-    parameters = [plain_name(path) for path, _ in root.named_parameters()]
-    for option in ("target_modules", "exclude_modules", "modules_to_save"):
-        _check_that_all_match(option, getattr(options, option), "module", modules)
-    _check_that_all_match("target_parameters", options.target_parameters, "parameter", parameters)
-
-    found = [*_layers(root, options, modules), *_parameters(root, options)]
-    dropped = [
-        target.name
-        for target in found
-        if _inside(target.owner, options.exclude_modules) or _inside(target.owner, options.modules_to_save)
-    ]
-    found = [target for target in found if target.name not in dropped]
-    if not found:
-        raise ValueError(_nothing_left(root, options, dropped, modules))
-
-    for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(options, option) or {}:
-            if not any(matches_pattern(target.name, key) for target in found):
-                names = [target.name for target in found]
-                raise ValueError(f"`{option}` has {key!r}, which matches no adapted module.{nearest(key, names)}")
-    _check_twice(found)
-    for target in found:
-        _check_weight(target)
-        _check_quantized(target, options)
-        _check_rank(target, options.rank_of(target.name))
-        m, n = reversed(target.sides) if is_transposed(target.module) else target.sides
-        DECOMPOSITIONS[options.decomposition].check_shape(target.name, m, n, options.rank_of(target.name), options.init)
-        if options.dropout and target.mixin.holds_increment:
-            raise ValueError(
-                f"`dropout={options.dropout}` cannot be applied to {target.name!r}, a {type(target.module).__name__},"
-                " which is adapted through its weight. Exclude it, or use no dropout."
-            )
-    return Targets(_with_ties(root, found), _trained_besides(root, options, found))
-
-
-def _layers(root: nn.Module, options: Options, modules: dict[str, nn.Module]) -> Iterable[Target]:
-    """What ``target_modules`` names."""
-    rule = options.target_modules
-    if isinstance(rule, str) and rule.lower() == "all-linear":
-        heads = _output_heads(root)
-        chosen = {name: module for name, module in modules.items() if is_linear_like(module) and module not in heads}
-    else:
-        chosen = {name: module for name, module in modules.items() if matches(name, rule)}
-    for name, module in chosen.items():
-        _check_layer(name, module, options.gradient)
-        rescales = DECOMPOSITIONS[options.decomposition].rescales
-        for parameter in own_matrices(module):
-            yield Target(f"{name}.{parameter}", name, module, parameter, ParameterHost)
-        if isinstance(module, nn.MultiheadAttention):
-            if f"{name}.out_proj" not in chosen:
-                yield Target(f"{name}.out_proj", f"{name}.out_proj", module.out_proj, "weight", ParameterHost)
-        elif not own_matrices(module):
-            mixin = layer_host(module, options.gradient, rescales) or ParameterHost
-            yield Target(name, name, module, "weight", mixin)
-
-
-def _parameters(root: nn.Module, options: Options) -> Iterable[Target]:
-    """What ``target_parameters`` names."""
-    for path, parameter in root.named_parameters():
-        if matches(name := plain_name(path), options.target_parameters):
-            owner, _, key = name.rpartition(".")
-            module = root.get_submodule(path.rpartition(".")[0])
-            if parameter.dim() < 2:
-                raise ValueError(
-                    f"`target_parameters` names {name!r} of the shape {tuple(parameter.shape)}: a low-rank increment"
-                    " needs two dimensions or more. To train it in full, use `bias` or `modules_to_save`."
-                )
-            yield Target(owner if key == "weight" and owner else name, owner, module, key, ParameterHost)
-
-
-def _output_heads(root: nn.Module) -> list[nn.Module]:
-    """The output embeddings of every Hugging Face model in ``root``."""
-    getters = (getattr(module, "get_output_embeddings", None) for module in root.modules())
-    return [getter() for getter in getters if callable(getter)]
+    return _Resolution(root, options).targets()
 
 
 def _inside(name: str, rule: Rule) -> bool:
@@ -154,190 +57,449 @@ def _inside(name: str, rule: Rule) -> bool:
     return any(matches(".".join(parts[:end]), rule) for end in range(1, len(parts) + 1))
 
 
-def _check_that_all_match(option: str, rule: Rule, kind: str, names: Iterable[str]) -> None:
-    if rule is None or (isinstance(rule, str) and option == "target_modules" and rule.lower() == "all-linear"):
-        return
+def is_kind(rule: Rule) -> bool:
+    """Whether ``rule``, for ``target_modules``, means kinds of layers and no names."""
+    return isinstance(rule, str) and rule.lower() in KINDS
+
+
+# ---------------------------------------------------------------------------------------------------- one resolution
+
+
+class _Resolution:
+    """One call of :func:`resolve`, with what it has to know about the module."""
+
+    def __init__(self, root: nn.Module, options: Options) -> None:
+        self.root, self.options = root, options
+        _refuse_peft(root)
+        # of a wrapper and what it wraps, the latter: it comes later
+        self.modules = {plain_name(path): module for path, module in root.named_modules(remove_duplicate=False)}
+        self.aliases: dict[nn.Module, list[str]] = {}
+        for name, module in self.modules.items():
+            self.aliases.setdefault(module, []).append(name)
+        self.parameters: dict[Tensor, list[str]] = {}
+        for path, parameter in root.named_parameters(remove_duplicate=False):
+            self.parameters.setdefault(parameter, []).append(plain_name(path))
+        self.candidates = [
+            self._target(module, parameter, layer)
+            for layer, names in self.aliases.items()
+            if names[0]
+            for module, parameter in own_weights(layer)
+        ]
+        self.heads = output_heads(root)
+        self.judges = set(root.modules()) - (judged := outside_metrics(root))
+        self.all_frozen = not any(
+            p.requires_grad for module in judged for p in module._parameters.values() if p is not None
+        )
+        self.saved = {
+            p for p, names in self.parameters.items() if any(_inside(name, options.modules_to_save) for name in names)
+        }
+        self.left_out: dict[str, tuple[str, str]] = {}
+        """Name of a target -> why it is left out, in a word or two and in a sentence."""
+
+    def _target(self, module: nn.Module, parameter: str, layer: nn.Module) -> Target:
+        names = tuple(self.aliases[module])
+        layer_names = tuple(self.aliases[layer])
+        return Target(
+            joined(names[0], parameter), names[0], module, parameter, layer, aliases=names, layer_aliases=layer_names
+        )
+
+    def targets(self) -> Targets:
+        options = self.options
+        modules = [name for name in self.modules if name]
+        parameters = [name for names in self.parameters.values() for name in names]
+        if not is_kind(options.target_modules):
+            _check_that_all_match("target_modules", options.target_modules, "module", modules)
+        _check_that_all_match("exclude_modules", options.exclude_modules, "module", modules)
+        _check_that_all_match(
+            "modules_to_save", options.modules_to_save, "module or parameter", [*modules, *parameters]
+        )
+        _check_that_all_match("target_parameters", options.target_parameters, "parameter", parameters)
+
+        found = self._chosen()
+        dropped = [target for target in found if self._is_dropped(target)]
+        found = [target for target in found if target not in dropped]
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(options, option) or {}:
+                if found and not any(matches_pattern(name, key) for target in found for name in target.names):
+                    hint = nearest(key, (target.name for target in found))
+                    raise LoRAError(f"`{option}` has {key!r}, which matches no adapted module.{hint}")
+        for target in found:
+            _check_quantized(target, options)
+        found = self._ranked(found)
+        if not found:
+            raise LoRAError(self._nothing_left(dropped))
+        adapted = self._with_ties(found)
+        for candidate in self.candidates:
+            if self._is_dropped(candidate):  # as the user asked
+                self.left_out.pop(candidate.name, None)
+            else:
+                self.left_out.setdefault(candidate.name, (candidate.kind, ""))
+        for target in adapted:
+            self.left_out.pop(joined(target.owner, target.parameter), None)
+            self.left_out.pop(target.name, None)
+        return Targets(adapted, self._trained_besides(adapted), self._left_out_modules(), self._warnings(adapted))
+
+    def _is_dropped(self, target: Target) -> bool:
+        rule = self.options.exclude_modules
+        weight = target.module._parameters.get(target.parameter)
+        return weight in self.saved or any(
+            _inside(alias, rule) or _inside(alias, self.options.modules_to_save) for alias in target.aliases
+        )
+
+    def _nothing_left(self, dropped: list[Target]) -> str:
+        options = self.options
+        rule = f"`target_modules={options.target_modules!r}`"
+        frozen = any(reason == "frozen" for reason, _ in self.left_out.values())
+        reasons = list(dict.fromkeys(sentence for _, sentence in self.left_out.values() if sentence))
+        hint = " What is frozen is adapted where it is named in `target_modules`, or unfrozen before." if frozen else ""
+        hint = " ".join(["", *reasons[:2]]) + hint
+        if dropped:
+            return (
+                "`exclude_modules` and `modules_to_save` leave no module to adapt: they take"
+                f" {', '.join(target.name for target in dropped)}, all that {rule} and"
+                f" `target_parameters={options.target_parameters!r}` match.{hint}"
+            )
+        kinds = sorted({type(module).__name__ for name, module in self.modules.items() if name})
+        left_out = f" Left out: {summary(self._left_out_modules())}." if self.left_out else ""
+        return (
+            f"{rule} leaves no module to adapt in {type(self.root).__name__}, which holds"
+            f" {', '.join(kinds) or 'no modules'}.{left_out}{hint} Adapters go into {SUPPORTED}."
+        )
+
+    # ------------------------------------------------------------------------------------------------------- choice
+
+    def _chosen(self) -> list[Target]:
+        """What ``target_modules`` and ``target_parameters`` come to; the former's kinds leave the latter alone."""
+        rule, named = self.options.target_modules, self._parameters()
+        taken = {(target.module, target.parameter) for target in named}
+        layers = self._by_kind(rule.lower()) if is_kind(rule) else self._by_name(rule)  # type: ignore[union-attr]
+        twice = [target.name for target in layers if (target.module, target.parameter) in taken]
+        if twice and not is_kind(rule):
+            raise LoRAError(
+                f"The parameter {twice[0]!r} is targeted twice, by `target_modules` and by `target_parameters`. Leave"
+                " it to one of them."
+            )
+        return [*(target for target in layers if target.name not in twice), *named]
+
+    def _by_kind(self, kind: str) -> list[Target]:
+        chosen = []
+        for target in self.candidates:
+            if (reason := self._no_kind(target, kind)) is not None:
+                self.left_out[target.name] = reason, ""
+            elif self._is_able(target):
+                chosen.append(target)
+        return chosen
+
+    def _no_kind(self, target: Target, kind: str) -> str | None:
+        """Why ``target`` is not of the ``kind`` that was asked for."""
+        if isinstance(target.layer, nn.Embedding) or (kind == "all-linear" and not is_linear_like(target.layer)):
+            return target.kind
+        if target.layer in self.heads:
+            return "output head"
+        if target.layer in self.judges:
+            return "in a metric"
+        return "frozen" if self._is_frozen(target) else None
+
+    def _is_frozen(self, target: Target) -> bool:
+        """Whether the module's author froze it; a quantised weight never requires a gradient."""
+        weight = target.module._parameters.get(target.parameter)
+        return (
+            not self.all_frozen
+            and storage_of(target.module) is None
+            and (weight is not None and weight.is_floating_point() and not weight.requires_grad)
+        )
+
+    def _is_able(self, target: Target, strict: bool = False) -> bool:
+        """Whether the weight can carry an adapter; if not, it is left out, or where ``strict`` an error."""
+        weight = target.module._parameters.get(target.parameter)
+        if isinstance(weight, DTensor):
+            raise LoRAError(
+                f"The weight of {target.name!r} ({target.kind}) is sharded already. Sharded modules are not supported."
+            )
+        if (obstacle := obstacle_of(target, self.options.gradient)) is None:
+            return True
+        if strict:
+            raise LoRAError(obstacle[1])
+        self.left_out[target.name] = obstacle
+        return False
+
+    def _by_name(self, rule: Rule) -> list[Target]:
+        """What is named, and what is in a module that is named and is no layer itself.
+
+        What such a module holds is not asked for by its own name, though a regular expression may match it besides:
+        where it cannot be adapted it is left out.
+        """
+        named = [module for module, names in self.aliases.items() if any(matches(name, rule) for name in names if name)]
+        layers = {target.layer for target in self.candidates}
+        wrapped = {
+            child for module in named if module not in layers for child in module.modules() if child is not module
+        }
+        chosen: set[str] = set()
+        for module in named:
+            below = set(module.modules())
+            inside = [target for target in self.candidates if target.layer in below]
+            meant = inside
+            if module not in layers:
+                meant = [target for target in inside if not isinstance(target.layer, nn.Embedding)] or inside
+            strict = module in layers and module not in wrapped
+            able = {target.name for target in meant if self._is_able(target, strict)}
+            if not able and module not in wrapped:
+                raise LoRAError(self._no_layer(module, inside))
+            chosen |= able
+        return [target for target in self.candidates if target.name in chosen]
+
+    def _no_layer(self, module: nn.Module, inside: list[Target]) -> str:
+        hint = f" Inside it there is {', '.join(target.name for target in inside[:8])}." if inside else ""
+        name, kind = self.aliases[module][0], type(module).__name__
+        reason = next((f" {self.left_out[t.name][1]}" for t in inside if t.name in self.left_out), "")
+        return f"`target_modules` names {name!r}, a {kind}. Adapters go into {SUPPORTED}.{hint}{reason}"
+
+    def _parameters(self) -> list[Target]:
+        """What ``target_parameters`` names."""
+        found = []
+        for parameter, names in self.parameters.items():
+            if not any(matches(name, self.options.target_parameters) for name in names):
+                continue
+            if parameter.dim() < 2:
+                raise LoRAError(
+                    f"`target_parameters` names {names[0]!r} of the shape {tuple(parameter.shape)}: a low-rank"
+                    " increment needs two dimensions or more. To train it in full, use `bias` or `modules_to_save`."
+                )
+            owner, _, key = names[0].rpartition(".")
+            module = self.modules[owner]
+            target = self._target(module, key, module)
+            self._is_able(target, strict=True)
+            found.append(target)
+        return found
+
+    # -------------------------------------------------------------------------------------------------------- ranks
+
+    def _ranked(self, found: list[Target]) -> list[Target]:
+        """``found`` with a rank each: the one asked for, or the next lower one that its weight can have."""
+        options = self.options
+        ranked, wrong = [], []
+        for target in found:
+            by_name = options.rank_by_name(*target.names)
+            asked = by_name or options.rank
+            rank = next((r for r in range(min(asked, *target.sides), 0, -1) if _can_have(target, r, options)), 0)
+            if by_name is not None and rank != asked:
+                wrong.append(dataclasses.replace(target, asked=asked, rank=rank))
+            elif rank:
+                ranked.append(dataclasses.replace(target, asked=asked, rank=rank))
+            elif is_kind(options.target_modules):
+                self.left_out[target.name] = f"too small for init={options.init!r}", ""
+            else:
+                _check_shape(target, asked, options)
+        if wrong:
+            raise LoRAError(_wrong_ranks(wrong, found, options))
+        return ranked
+
+    # --------------------------------------------------------------------------------------------------------- ties
+
+    def _with_ties(self, found: list[Target]) -> list[Target]:
+        """``found``, with every place in which the weight of a target stands."""
+        places: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
+        for module, names in self.aliases.items():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(parameter, []).append((names[0], module, key))
+        distinct = {target.weight: target for target in reversed(found)}
+        return [
+            dataclasses.replace(target, owner=owner, module=module, parameter=key)
+            for target in found
+            if distinct[target.weight] is target
+            for owner, module, key in places[target.weight]
+        ]
+
+    # ------------------------------------------------------------------------------------------ trained in full
+
+    def _trained_besides(self, adapted: list[Target]) -> list[str]:
+        owners = {alias for target in adapted for m in (target.module, target.layer) for alias in self.aliases[m]}
+        weights = {target.weight for target in adapted}
+
+        def is_trained(parameter: Tensor, names: list[str]) -> bool:
+            if parameter in self.saved:
+                return True
+            owner, _, key = names[0].rpartition(".")
+            if not (key == "bias" or key.startswith("bias_") or key.endswith("_bias")) or self.options.bias == "none":
+                return False
+            may = self.all_frozen or parameter.requires_grad  # what its author froze stays frozen
+            return owner in owners or (self.options.bias == "all" and may)
+
+        trained = []
+        for path, parameter in self.root.named_parameters():
+            if not is_trained(parameter, self.parameters[parameter]):
+                continue
+            trained.append(path)
+            owner, _, key = path.rpartition(".")
+            if key == "weight" and (stored := storage_of(self.root.get_submodule(owner))) is not None:
+                raise LoRAError(
+                    f"{path!r} is quantised ({stored.name}) and cannot be trained in full, as `modules_to_save` asks."
+                    " Keep that module out of the quantisation, or let it have an adapter."
+                )
+            if not parameter.is_floating_point():
+                raise LoRAError(f"{path!r} is {parameter.dtype} and cannot be trained.")
+            if parameter in weights:
+                raise LoRAError(
+                    f"{path!r} is to be trained in full by `modules_to_save`, and is tied to a weight that gets an"
+                    " adapter."
+                )
+        return trained
+
+    # ----------------------------------------------------------------------------------------------- what is left out
+
+    def _left_out_modules(self) -> list[tuple[str, str]]:
+        """One entry for each module and reason."""
+        owners = {target.name: target.owner for target in self.candidates}
+        return list(dict.fromkeys((owners.get(name, name), reason) for name, (reason, _) in self.left_out.items()))
+
+    def _warnings(self, adapted: list[Target]) -> list[str]:
+        return [*self._without_dropout(adapted), *self._if_little_is_adapted(adapted)]
+
+    def _without_dropout(self, adapted: list[Target]) -> Iterable[str]:
+        names = sorted({target.name for target in adapted if not _has_thin_path(target)})
+        if self.options.dropout and names:
+            message = (
+                f"`dropout={self.options.dropout}` cannot be applied to {', '.join(map(repr, names))}, adapted through"
+                " the weight"
+            )
+            if not is_kind(self.options.target_modules):
+                raise LoRAError(f"{message}. Exclude what has no dropout, or use none.")
+            yield f"{message}: they are trained without."
+
+    def _if_little_is_adapted(self, adapted: list[Target]) -> Iterable[str]:
+        """Warn if adapters reach less than half of the entries of all weights that could have one.
+
+        Of a block that is repeated, part of the weights is often all that is named; that reaches the whole block.
+        """
+        weights = {target.weight for target in adapted}
+        blocks = set() if is_kind(self.options.target_modules) else {_block(target.owner) for target in adapted}
+        spared = self.heads | self.judges
+        sizes: dict[bool, dict[Tensor | str, int]] = {True: {}, False: {}}
+        for target in self.candidates:
+            weight = target.module._parameters.get(target.parameter)
+            is_adapted = weight in weights
+            counts = target.layer not in spared and not isinstance(target.layer, nn.Embedding)
+            if is_adapted or (target.name in self.left_out and counts):
+                reached = is_adapted or _block(target.owner) in blocks
+                sizes[reached][target.name if weight is None else weight] = target.numel
+        there, missing = (sum(sizes[reached].values()) for reached in (True, False))
+        left_out = self._left_out_modules()
+        reasons = {reason for _, reason in left_out}
+        if there >= missing and "lazy" not in reasons:
+            return
+        advice = [f"Left out: {summary(left_out)}."]
+        if "frozen" in reasons:
+            advice.append(
+                "What was frozen before stays as it is: to adapt it, name it in `target_modules`, or unfreeze it before"
+                " `fit`; a new head belongs in `modules_to_save`."
+            )
+        if "lazy" in reasons:
+            advice.append("Run one batch through the module before `fit`, so that lazy layers have weights.")
+        if reasons - {"frozen", "lazy"} and self.options.target_modules != "all":
+            advice.append("`target_modules='all'` adapts layers of every kind.")
+        share = f"{there / (there + missing):.0%}" if there + missing else "none"
+        yield (
+            f"Adapters reach {share} of the weights that could have one. {' '.join(advice)} If that is meant, name what"
+            " is to stay as it is in `exclude_modules`."
+        )
+
+
+def summary(left_out: list[tuple[str, str]]) -> str:
+    """Count what is left out by its reason: ``"2 Embedding, 3 frozen, 1 weight norm"``."""
+    counts = collections.Counter(reason for _, reason in left_out)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def _block(name: str) -> str:
+    """The numbered module round the module called ``name``, such as ``"layers.3"``, or else its parent."""
+    numbered = re.match(r"(?:.*\.)?\d+(?=\.|$)", name)
+    return numbered.group() if numbered else name.rpartition(".")[0] or name
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def _has_thin_path(target: Target) -> bool:
+    """Return whether the input of the increment is known, so that dropout can be applied to it."""
+    return target.parameter == "weight" and exact_forward(target.module, "factored") is not None
+
+
+def _refuse_peft(root: nn.Module) -> None:
+    peft, tuners = (sys.modules.get(name) for name in ("peft", "peft.tuners.tuners_utils"))
+    kinds = (getattr(peft, "PeftModel", None), getattr(tuners, "BaseTunerLayer", None))
+    for path, module in root.named_modules():
+        if isinstance(module, tuple(kind for kind in kinds if kind is not None)):
+            raise LoRAError(
+                f"{plain_name(path) or type(root).__name__!r} is PEFT's {type(module).__name__} and has adapters of its"
+                " own. Call `merge_and_unload()` of the PeftModel first and keep what it returns, or leave LoRA of"
+                " lightning_lora out."
+            )
+
+
+def _check_that_all_match(option: str, rule: Rule, kind: str, names: list[str]) -> None:
     if isinstance(rule, str):
         if not any(matches(name, rule) for name in names):
-            raise ValueError(
-                f"`{option}` has the regular expression {rule!r}, which matches no {kind}'s whole name."
-                f"{nearest(rule, names)}"
+            listed = any(matches_suffix(name, rule) for name in names)
+            hint = f" As a name or the end of names, give it in a list: [{rule!r}]." if listed else nearest(rule, names)
+            raise LoRAError(
+                f"`{option}` has the regular expression {rule!r}, which matches no {kind}'s whole name.{hint}"
             )
         return
-    for item in rule:
+    for item in rule or ():
         if not any(matches_suffix(name, item) for name in names):
-            raise ValueError(f"`{option}` has {item!r}, which matches no {kind}.{nearest(item, names)}")
+            raise LoRAError(f"`{option}` has {item!r}, which matches no {kind}.{nearest(item, names)}")
 
 
-def _nothing_left(root: nn.Module, options: Options, dropped: list[str], modules: dict[str, nn.Module]) -> str:
-    if dropped:
-        return (
-            f"`exclude_modules` and `modules_to_save` leave no module to adapt: they take {', '.join(dropped)}, all"
-            f" that `target_modules={options.target_modules!r}` and"
-            f" `target_parameters={options.target_parameters!r}` match."
-        )
-    kinds = sorted({type(module).__name__ for module in modules.values()})
+def _can_have(target: Target, rank: int, options: Options) -> bool:
+    try:
+        _check_shape(target, rank, options)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_shape(target: Target, rank: int, options: Options) -> None:
+    m, n = reversed(target.sides) if is_transposed(target.layer) else target.sides
+    DECOMPOSITIONS[options.decomposition].check_shape(target.name, m, n, rank, options.init)
+
+
+def _wrong_ranks(wrong: list[Target], found: list[Target], options: Options) -> str:
+    """Names all ``wrong`` targets, whose rank is the one that would do, with one pattern for all of them."""
+    said, pattern = [], dict(options.rank_pattern or {})
+    for target in wrong:
+        m, n = target.sides
+        asked = target.asked
+        most = f"at most {target.rank}" if asked > min(m, n) else f"{target.rank} would do"
+        said.append(f"the rank {asked} of {target.name!r}, whose weight is {m} x {n}: {most}")
+        others = (name for other in found if other.name != target.name for name in other.names)
+        alone = not any(matches_pattern(name, target.name) for name in others)
+        key = target.name if alone else f"^{re.escape(target.name)}"
+        pattern = {key: target.rank, **{name: rank for name, rank in pattern.items() if name != key}}
+    kind = "" if options.decomposition == "product" else f" with `decomposition={options.decomposition!r}`"
+    kind += "" if options.init == "zero" else f" with `init={options.init!r}`"
     return (
-        f"`target_modules={options.target_modules!r}` leaves no module to adapt in {type(root).__name__}, which holds"
-        f" {', '.join(kinds) or 'no modules'}. Adapters go into {SUPPORTED}."
+        f"`rank_pattern` gives ranks that weights cannot have{kind}: {'; '.join(said)}. This one would do: {pattern}."
     )
-
-
-def _check_layer(name: str, module: nn.Module, gradient: str) -> None:
-    kind = type(module).__name__
-    if isinstance(module, Host):
-        raise LoRAError(f"{name!r} has an adapter already. `merge` the module before injecting again.")
-    if not is_supported(module):
-        below = [plain_name(path) for path, child in module.named_modules(prefix=name) if is_supported(child)]
-        hint = f" Inside it there is {', '.join(below[:8])}." if below else ""
-        raise ValueError(f"`target_modules` names {name!r}, a {kind}. Adapters go into {SUPPORTED}.{hint}")
-    if not isinstance(module, nn.Embedding):
-        return
-    if module.sparse:
-        raise LoRAError(
-            f"{name!r} is an Embedding with `sparse=True`. The gradients of its adapter are dense; use `sparse=False`."
-        )
-    if module.max_norm is not None:
-        raise LoRAError(
-            f"{name!r} is an Embedding with `max_norm={module.max_norm}`, which rewrites the frozen weight in forward."
-        )
-    if module.scale_grad_by_freq and gradient != "projected":
-        raise LoRAError(
-            f"{name!r} is an Embedding with `scale_grad_by_freq=True`, which only `gradient='projected'` supports."
-        )
-
-
-def _check_twice(found: list[Target]) -> None:
-    seen: set[str] = set()
-    for target in found:
-        if target.name in seen:
-            raise ValueError(
-                f"The parameter {target.name!r} is targeted twice, by `target_modules` and by `target_parameters`."
-                " Leave it to one of them."
-            )
-        seen.add(target.name)
-
-
-def _check_weight(target: Target) -> None:
-    name, kind = target.name, type(target.module).__name__
-    if hasattr(target.module, "lora") and not isinstance(target.module, Host):
-        raise LoRAError(f"{name!r} ({kind}) has an attribute `lora`, the name an adapter is kept under.")
-    weight = target.module._parameters.get(target.parameter)
-    if weight is None:
-        raise LoRAError(
-            f"The weight of {name!r} ({kind}) is computed by a parametrization or a hook, so no adapter can be merged"
-            " into it. Remove the parametrization, or name the module in `exclude_modules`."
-        )
-    if isinstance(weight, UninitializedParameter):
-        raise LoRAError(
-            f"{name!r} ({kind}) is lazy and its shape is not known yet. Run one batch through the module before `fit`."
-        )
-    if weight.is_meta:
-        raise LoRAError(
-            f"The weight of {name!r} ({kind}) is on the meta device: it has no values to adapt. Load or materialise the"
-            " model in `__init__`, `setup` or `configure_model`."
-        )
-    if isinstance(weight, DTensor):
-        raise LoRAError(f"The weight of {name!r} ({kind}) is sharded already. Sharded modules are not supported.")
-    if (weight.dim() < 2 or not weight.is_floating_point()) and storage_of(target.module) is None:
-        raise LoRAError(
-            f"The weight of {name!r} ({kind}) is stored as {weight.dtype} in the shape {tuple(weight.shape)}."
-            " Of quantised weights, those of bitsandbytes' `Linear8bitLt` and `Linear4bit` are supported, and torchao's"
-            " in a Linear."
-        )
 
 
 def _check_quantized(target: Target, options: Options) -> None:
     """What needs a weight that can be written to, or have a gradient, cannot be had of a quantised one."""
     if (stored := storage_of(target.module)) is None:
         return
-    what = f"The weight of {target.name!r} ({type(target.module).__name__}) is quantised ({stored.name})"
+    what = f"The weight of {target.name!r} ({target.kind}) is quantised ({stored.name})"
     if (trouble := stored.trouble()) is not None:
-        raise LoRAError(f"The weight of {target.name!r} ({type(target.module).__name__}) {trouble}.")
+        raise LoRAError(f"The weight of {target.name!r} ({target.kind}) {trouble}.")
     if DECOMPOSITIONS[options.decomposition].rescales:
         raise LoRAError(
             f"{what}, and `decomposition={options.decomposition!r}` would dequantise it in every step for the norms of"
             " its rows. Use `decomposition='product'` or 'additive'."
         )
-    if target.mixin.holds_increment:
-        given = f"`gradient={options.gradient!r}`" if options.gradient != "factored" else "`target_parameters`"
+    if options.gradient != "factored":
         raise LoRAError(
-            f"{what} and cannot hold an increment, as {given} asks. Use `gradient='factored'` and name it in"
-            " `target_modules`."
+            f"{what} and cannot hold an increment, as `gradient={options.gradient!r}` asks. Use `gradient='factored'`."
         )
     if options.init == "gradient":
         raise LoRAError(
             f"{what} and has no gradient, which `init='gradient'` starts from. Use `init='pissa'`, or another."
         )
-
-
-def _check_rank(target: Target, rank: int) -> None:
-    m, n = target.sides
-    if rank > min(m, n):
-        raise ValueError(
-            f"The rank {rank} exceeds the smallest side of {target.name!r}, whose weight is {m} x {n}. Give a rank of"
-            f" at most {min(m, n)}, for this one alone by `rank_pattern={{{target.name!r}: {min(m, n)}}}`, or exclude"
-            " it."
-        )
-
-
-def _owners(root: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
-    """Every parameter, with all places where it stands."""
-    owners: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
-    for prefix, module in root.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(parameter, []).append((plain_name(prefix), module, key))
-    return owners
-
-
-def _with_ties(root: nn.Module, found: list[Target]) -> list[Target]:
-    """``found``, with every place in which a projected weight stands.
-
-    A weight that is factored or merged in one place would be used elsewhere without the increment or its gradient.
-    """
-    owners = _owners(root)
-    targets: list[Target] = []
-    done: set[Tensor] = set()
-    for target in found:
-        places = owners[target.weight]
-        if len(places) > 1 and target.mixin is not ParameterHost:
-            shared = " and ".join(repr(f"{prefix}.{key}".lstrip(".")) for prefix, _, key in places)
-            raise LoRAError(
-                f"The weight of {target.name!r} is tied: {shared} are one parameter, and an adapter in one place would"
-                f" change the other when merged. Add {target.name!r} to `exclude_modules`, or use"
-                " `gradient='projected'`, which adapts both."
-            )
-        if target.weight not in done:
-            done.add(target.weight)
-            targets += [Target(target.name, prefix, module, key, target.mixin) for prefix, module, key in places]
-    return targets
-
-
-def _trained_besides(root: nn.Module, options: Options, found: list[Target]) -> list[str]:
-    owners = {target.owner for target in found}
-    adapted = {target.weight for target in found}
-
-    def is_trained(path: str) -> bool:
-        owner, _, key = plain_name(path).rpartition(".")
-        if _inside(owner, options.modules_to_save):
-            return True
-        is_bias = key == "bias" or key.startswith("bias_") or key.endswith("_bias")
-        return is_bias and (options.bias == "all" or (options.bias == "lora_only" and owner in owners))
-
-    trained = [name for name, _ in root.named_parameters() if is_trained(name)]
-    for name in trained:
-        parameter = root.get_parameter(name)
-        owner, _, key = name.rpartition(".")
-        if key == "weight" and (stored := storage_of(root.get_submodule(owner))) is not None:
-            raise LoRAError(
-                f"{name!r} is quantised ({stored.name}) and cannot be trained in full, as `modules_to_save` asks. Keep"
-                " that module out of the quantisation, or let it have an adapter."
-            )
-        if not parameter.is_floating_point():
-            raise LoRAError(f"{name!r} is {parameter.dtype} and cannot be trained.")
-        if parameter in adapted:
-            raise ValueError(
-                f"{name!r} is to be trained in full by `modules_to_save`, and is tied to a weight that gets an adapter."
-            )
-    return trained

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora import _compat
-from lightning_lora.hosts import ParameterHost
 from lightning_lora.injection.inject import places, trained_without
 from lightning_lora.memory.activations import Watch, nbytes
 from lightning_lora.memory.optimizer_states import derived_nbytes, makes_states, measured_nbytes, owners
@@ -131,7 +130,7 @@ class MemoryMeter:
 
 def standing_gradient(module: nn.Module) -> int:
     """Return the bytes of the largest gradient of a weight that stands until it is projected."""
-    by_parameter = (place.weight for place in places(module) if isinstance(place.host, ParameterHost))
+    by_parameter = (place.weight for place in places(module) if not place.host.is_exact)
     return max((_full_nbytes([weight]) for weight in by_parameter), default=0)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_lora._compat import combined_loader_mode
 from lightning_lora.errors import LoRAError
 
 FEWEST = 4
@@ -60,8 +61,7 @@ def first_losses(trainer: pl.Trainer, pl_module: pl.LightningModule, passes: int
 
 def _first_batches(trainer: pl.Trainer, count: int) -> list[Any]:
     """Batches from iterators of their own; the loaders are left as they were."""
-    mode: Any = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")
-    combined = CombinedLoader(trainer.train_dataloader, mode)
+    combined = CombinedLoader(trainer.train_dataloader, combined_loader_mode(trainer))
     with isolate_rng(), ExitStack() as kept:
         for loader in combined.flattened:
             kept.enter_context(_kept(loader))

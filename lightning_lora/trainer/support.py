@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import lightning.pytorch as pl
 import torch
@@ -27,16 +27,12 @@ from lightning.pytorch.strategies import (
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import Injection, adapters, places
 from lightning_lora.injection.options import Options
+from lightning_lora.trainer.namespaces import is_a
 from lightning_lora.weights import sharded as shards
 
-try:  # from Lightning 2.6
-    from lightning.pytorch.callbacks import WeightAveraging
-except ImportError:  # pragma: no cover
-    WeightAveraging = StochasticWeightAveraging  # type: ignore[assignment, misc]
-
 AVERAGED = (
-    "it averages A and B, and the average of products is not the product of averages; checkpoints hold merged weights,"
-    " and the `state_dict` of several can be averaged"
+    "it averages A and B into a module of its own, after training, and keeps no average in files; `WeightAveraging` and"
+    " `EMAWeightAveraging` work, and checkpoints hold merged weights, which can be averaged"
 )
 REFUSED: Mapping[type[Callback], str] = {
     BaseFinetuning: "it freezes and unfreezes the parameters that LoRA has frozen; LoRA replaces it, with"
@@ -44,7 +40,6 @@ REFUSED: Mapping[type[Callback], str] = {
     ModelPruning: "it rewrites the frozen weights while adapters are trained on them; prune the merged module after"
     " `fit`",
     StochasticWeightAveraging: AVERAGED,
-    WeightAveraging: AVERAGED,
 }
 
 
@@ -69,19 +64,19 @@ REFUSED_PRECISIONS: Mapping[type[Precision], str] = {
 
 def refuse_unsupported(trainer: pl.Trainer) -> None:
     for strategy, reason in REFUSED_STRATEGIES.items():
-        if isinstance(trainer.strategy, strategy):
+        if is_a(trainer.strategy, strategy):
             raise LoRAError(f"LoRA does not support {type(trainer.strategy).__name__}: {reason}.")
-    if not isinstance(trainer.strategy, SUPPORTED_STRATEGIES):
+    if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES):
         raise LoRAError(
             f"LoRA does not support {type(trainer.strategy).__name__}, which may shard or wrap the module in its"
             f" own way. It supports {', '.join(strategy.__name__ for strategy in SUPPORTED_STRATEGIES)}."
         )
     for plugin, reason in REFUSED_PRECISIONS.items():
-        if isinstance(trainer.precision_plugin, plugin):
+        if is_a(trainer.precision_plugin, plugin):
             raise LoRAError(f"LoRA does not support {plugin.__name__}: {reason}.")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in REFUSED.items():
-            if isinstance(callback, kind):
+            if is_a(callback, kind):
                 raise LoRAError(
                     f"LoRA cannot be combined with {type(callback).__name__}: {reason}. Remove one of them."
                 )
@@ -141,25 +136,94 @@ def check_there(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                 )
 
 
-def check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Every adapter needs an optimizer, and no adapted weight may be trained besides."""
+def check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule, idle: Iterable[str]) -> None:
+    """Check that every adapter but those in ``idle`` has an optimizer, and that no adapted weight is trained.
+
+    Raises:
+        LoRAError: If one is not trained, or its weight is.
+    """
     optimized = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     for place in places(pl_module):
-        name, adapter = place.name, place.adapter
+        name, trained = place.name, place.adapter.trained.values()
         if place.weight.requires_grad:
-            raise LoRAError(
-                f"The weight of {name!r} was unfrozen after its adapter was put in. An adapted weight stays frozen; to"
-                " train a module in full, name it in `modules_to_save`."
-            )
-        if not all(p.requires_grad for p in adapter.trained.values()):
+            raise LoRAError(unfrozen(name))
+        if not all(p.requires_grad for p in trained):
             raise LoRAError(
                 f"The adapter of {name!r} is frozen, so it would not be trained. Do not freeze the module after `setup`"
                 " and `configure_model`: LoRA freezes the pretrained weights by itself."
             )
-        if not all(p in optimized for p in adapter.trained.values()):
-            raise LoRAError(
-                f"No optimizer has the adapter of {name!r}. Make the optimizer in `configure_optimizers`, of"
-                " `self.parameters()` or those of them that require gradients: it is called after the adapters are put"
-                " in. A list made in `__init__` is older than they are, and so is what LightningCLI's `--optimizer`"
-                " makes; there, let the module take an `OptimizerCallable`."
-            )
+        if name not in idle and not all(p in optimized for p in trained):
+            raise LoRAError(no_optimizer([name], pl_module))
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return ``names`` for a message: some of them, and how many more."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def no_optimizer(names: list[str], module: pl.LightningModule) -> str:
+    """Return what to do about adapters that no optimizer trains."""
+    return (
+        f"No optimizer has the weights of {listed(names)}, so their adapters would not be trained. Give these weights"
+        " to an optimizer in `configure_optimizers`, or leave the modules out by"
+        f" `exclude_modules={[names[0]]}`, as unused ones, teachers and target networks."
+    )
+
+
+def unfrozen(name: str) -> str:
+    """Return what to do about an adapted weight that requires a gradient."""
+    return (
+        f"The weight of {name!r} was unfrozen after its adapter was put in. An adapted weight stays frozen; to train a"
+        " module in full, name it in `modules_to_save`."
+    )
+
+
+def unreached(names: list[str]) -> str:
+    """Return what to do about adapters that no gradient reached in the first batch."""
+    return (
+        f"No gradient reached the adapters of {listed(names)} in the first batch. They stay at zero unless later"
+        f" batches use these modules; if none does, `exclude_modules={[names[0]]}`. If a reentrant activation"
+        " checkpoint is round them, use `use_reentrant=False`: a frozen input gives it no gradient to pass on."
+    )
+
+
+def refuse_second_callback(trainer: pl.Trainer, kind: type) -> None:
+    """Refuse two callbacks of ``kind``."""
+    if sum(isinstance(callback, kind) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise LoRAError(
+            "The Trainer has two LoRA callbacks, and each would freeze what the other trains. Use one:"
+            " `target_modules` may name modules anywhere, with `rank_pattern` and `alpha_pattern` for those that"
+            " differ."
+        )
+
+
+def explain(exception: BaseException, hidden: bool) -> str | None:
+    """Return what to do about an exception that code of the module's own raised over A and B, or frozen weights.
+
+    Args:
+        exception: Of the first batches.
+        hidden: Whether A and B are not among the module's parameters.
+    """
+    if not isinstance(exception, RuntimeError | AssertionError | KeyError | ValueError):
+        return None
+    said = f"{type(exception).__name__}: {exception}".rstrip(": ") + ". "
+    if "does not require grad" in said:
+        return said + (
+            "If an activation checkpoint of the module's own asks autograd for the gradients of frozen weights, use"
+            " `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` in its place."
+        )
+    by_name = isinstance(exception, KeyError | AssertionError)
+    if by_name and hidden:
+        return said + (
+            "If this code goes by `requires_grad`, as shadows do: LoRA freezes the pretrained weights. Use"
+            " `EMAWeightAveraging` with `gradient='factored'` in its place."
+        )
+    if by_name or (not hidden and any(hint in said for hint in ("must match the size", "shape", "zip()"))):
+        return said + (
+            "If this code goes through `parameters()` or their names, as momentum and target networks do: A and B are"
+            " among them with `gradient='factored'`. Use `gradient='merged'`, in which the module has its own"
+            " parameters and names; for an average of what is trained, `EMAWeightAveraging`."
+        )
+    return None

@@ -11,7 +11,10 @@ from lightning.pytorch.utilities.model_summary.model_summary import get_human_re
 from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 
-from lightning_lora.injection.inject import adapters, places
+from lightning_lora.adapters import Adapter
+from lightning_lora.injection.inject import Injection, adapters, injections, places
+from lightning_lora.injection.naming import plain_name
+from lightning_lora.injection.targets import summary
 from lightning_lora.weights.quantized import numel
 
 log = logging.getLogger(__name__)
@@ -73,11 +76,12 @@ def print_summary(module: nn.Module) -> None:
 
 def _rows(module: nn.Module) -> list[tuple[str, ...]]:
     """One row for all adapted modules whose names differ in numbers only and whose adapters are alike."""
+    asked = _ranks_asked_for(module)
     groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for place in {id(place.adapter): place for place in places(module)}.values():
         adapter = place.adapter
         weight = " x ".join(map(str, adapter.shape))
-        group = _starred(place.name), type(place.host).__name__, weight, str(adapter.rank)
+        group = _starred(place.name), type(place.host).__name__, weight, _rank(adapter, asked.get(place.name, 0))
         groups.setdefault(group, []).append((place.name, sum(p.numel() for p in adapter.trained.values())))
     return [
         (
@@ -92,6 +96,29 @@ def _rows(module: nn.Module) -> list[tuple[str, ...]]:
     ]
 
 
+def _ranks_asked_for(module: nn.Module) -> dict[str, int]:
+    """Name of an adapter -> the rank that the options give to it."""
+    asked = {}
+    for path, owner in module.named_modules():
+        if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
+            for name, rank in injection.asked.items():
+                asked[f"{plain_name(path)}.{name}".lstrip(".")] = rank
+    return asked
+
+
+def _rank(adapter: Adapter, asked: int) -> str:
+    """The adapter's rank, and why it is lower than the one asked for."""
+    full = min(adapter.A.shape[-1], adapter.B.shape[-1])
+    why = "" if adapter.rank >= asked else " (full)" if adapter.rank == full else f" (not {asked})"
+    return f"{adapter.rank}{why}"
+
+
+def _is_no_smaller(adapter: Adapter) -> bool:
+    """Whether A and B have at least as many entries as the weight: r (m + n) >= m n."""
+    m, n = adapter.B.shape[-1], adapter.A.shape[-1]
+    return adapter.rank * (m + n) >= m * n
+
+
 def _starred(name: str) -> str:
     """``name`` with a star for each part that is a number."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
@@ -103,12 +130,20 @@ def _totals(module: nn.Module) -> list[tuple[str, str]]:
     in_adapters = sum(p.numel() for adapter in adapters(module).values() for p in adapter.trained.values())
     besides = sum(p.numel() for p in base.values() if p.requires_grad)
     total = sum(map(numel, base.values()))
-    return [
+    large = [name for name, adapter in adapters(module).items() if _is_no_smaller(adapter)]
+    left_out = [layer for injection in injections(module) for layer in injection.left_out]
+    rows = [
         ("Trainable params", f"{_count(in_adapters + besides)} ({(in_adapters + besides) / total:.2%} of the model's)"),
         ("  in adapters", _count(in_adapters)),
         ("  besides", f"{_count(besides)}{_owners(name for name, p in base.items() if p.requires_grad)}"),
         ("Params of the model", _count(total)),
+        (
+            "No smaller than their weights",
+            f"{len(large)} adapter{'s' * (len(large) > 1)}{_owners(large)}" if large else "",
+        ),
+        ("Left out", summary(left_out)),
     ]
+    return [(label, value) for label, value in rows if value]
 
 
 def _owners(names: Iterable[str], most: int = 4) -> str:

@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from lightning_lora.adapters import draws
 from lightning_lora.injection.naming import state_key
+from lightning_lora.weights.digest import digest
 
 
 class Storage:
@@ -82,7 +83,7 @@ class Storage:
         return expected.split(":", 1)[-1] == self.fingerprint().split(":", 1)[-1]
 
     def _stored(self) -> str:
-        digests = "".join(draws.digest(tensor) for tensor in self.tensors())
+        digests = "".join(digest(tensor) for tensor in self.tensors())
         return f"{self.name}:{hashlib.sha256(digests.encode()).hexdigest()}"
 
     @torch.no_grad()
@@ -305,6 +306,8 @@ def torch_linear() -> Iterator[None]:
 
 
 def numel(parameter: Any) -> int:
-    """The number of entries of the weight that ``parameter`` stores."""
+    """Return the number of entries of the weight that ``parameter`` stores; 0 where it has no shape yet."""
+    if isinstance(parameter, UninitializedParameter):
+        return 0
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)

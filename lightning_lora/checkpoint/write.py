@@ -1,0 +1,144 @@
+"""Writes: what a checkpoint's dictionary says of the adapters, and the plain model's state dict beside it.
+
+Adapters, weights and their fingerprints come from the module. The dictionary is the user's: a ``state_dict`` or
+``on_save_checkpoint`` of the module's own, or another callback, may have left entries out, or put another model there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
+from lightning_lora.checkpoint.format import VERSION, State, weight_key
+from lightning_lora.injection.inject import places, trained_besides
+from lightning_lora.injection.naming import state_key
+from lightning_lora.injection.options import Options
+from lightning_lora.weights import sharded
+from lightning_lora.weights.quantized import Storage, storages, without_extras
+
+
+def describe(
+    module: nn.Module, options: Options, form: str, fingerprints: Fingerprints, idle: frozenset[str] = frozenset()
+) -> State:
+    """Return what ``checkpoint["lightning_lora"]`` holds for ``module``, which has adapters.
+
+    Where the module is sharded, all ranks call this together: A, B and, one after another, frozen weights are gathered.
+
+    Args:
+        module: The adapted module.
+        options: Those of its injection, to be read by people.
+        form: ``"merged"`` or ``"adapter"``.
+        fingerprints: Those of the run, so that each weight is read once.
+        idle: Names of adapters that no optimizer trains, and that are left out.
+    """
+    adapters: State = {}
+    base: dict[str, str] = {}
+    stored = storages(module)
+    for place in places(module):
+        if place.name not in idle:
+            # to gather the weight costs, and only a decomposition with a gain reads it
+            weight = sharded.whole(place.weight) if place.adapter.rescales else place.weight
+            adapters[place.name] = _detached(place.adapter.whole().state(weight))
+        if not place.adapter.holds:
+            shard = sharded.part(place.weight)
+            full = None if shard is None else (lambda weight=place.weight: sharded.whole(weight))
+            base[place.key] = fingerprints.of(place.key, place.weight if shard is None else shard, full)
+    trained = trained_besides(module)
+    if form == "adapter":
+        named = module.named_parameters(remove_duplicate=False)
+        factors = {p for place in places(module) for p in place.adapter.parameters()}
+        others = {state_key(name): p for name, p in named if p not in factors}
+        base |= {key: fingerprints.of(key, p) for key, p in others.items() if key not in {*trained, *base, *stored}}
+    base |= {key: fingerprints.of(key, layer.weight, stored=layer) for key, layer in stored.items()}
+    return {
+        "version": VERSION,
+        "form": form,
+        "options": options.to_primitives(),
+        "adapters": adapters,
+        "trained": trained,
+        "idle": sorted(idle),
+        "base": base,
+    }
+
+
+def _detached(entry: State) -> State:
+    """Return ``entry`` with tensors that no later step can change: a writer may work in the background."""
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+
+
+def make_plain(state: State, payload: State, stored: Mapping[str, Storage], module: nn.Module | None = None) -> None:
+    """Turn ``state``, that of a module whose ``state_dict()`` is merged, into what is written to the file.
+
+    Quantised weights become plain, with their increments; in the form ``"adapter"``, what is frozen is left out.
+
+    Args:
+        state: Changed in place.
+        payload: What :func:`describe` returned.
+        stored: The quantised weights of the module that ``state`` was taken of.
+        module: That module while it has adapters; None where it is plain and merged.
+    """
+    without_extras(state, stored)
+    if payload["form"] == "adapter":
+        for key in payload["base"]:
+            state.pop(key, None)
+        return
+    adapters = {} if module is None else {place.key: place.adapter for place in places(module)}
+    for key in stored.keys() & state.keys():
+        weight = stored[key].dequantized()
+        merged = adapters[key].folded_into(weight) if key in adapters else weight
+        state[key] = merged.to(stored[key].dtype)
+
+
+def missing_weights(state: Mapping[str, Any], payload: State) -> list[str]:
+    """Return the names of adapters whose weights are not in ``state``, which should have them."""
+    if payload["form"] == "adapter":
+        return []
+    return [name for name in payload["adapters"] if weight_key(name, state) not in state]
+
+
+def merged_shards(state: State, module: nn.Module, payload: State) -> State:
+    """Return the merged state dict of a sharded module, of which each rank holds the shards that it writes.
+
+    All ranks call this together. One weight after another is gathered.
+
+    Args:
+        state: That of the adapted ``module``, in shards, with its adapters. It is left as it is.
+        module: The adapted module.
+        payload: What :func:`describe` returned.
+    """
+    whole = sharded.Whole(state)
+    for place in places(module):
+        for name in place.adapter.state_dict():
+            whole.parts.pop(f"{place.factors}{name}", None)
+    fold(whole, payload)
+    return whole.parts
+
+
+def fold(state: MutableMapping[str, Any], payload: State) -> None:
+    """Fold the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
+    folded: dict[int, Tensor] = {}
+    for name, entry in payload["adapters"].items():
+        if (key := weight_key(name, state)) in payload["base"]:
+            weight = state[key]
+            if isinstance(state, sharded.Whole):  # what it gives has no place of its own
+                folded.clear()
+            if weight.data_ptr() not in folded:
+                folded[weight.data_ptr()] = Adapter.from_state(entry).folded_into(weight)
+            state[key] = folded[weight.data_ptr()]
+
+
+def with_new_bases(payload: State, weights: Mapping[str, Tensor]) -> State:
+    """Return ``payload`` for ``weights`` (name of the adapter -> weight) that became new W0, with no increment."""
+    adapters, base = dict(payload["adapters"]), dict(payload["base"])
+    for name, weight in weights.items():
+        adapter = Adapter.from_state(adapters[name])
+        zeroed = {k: v for k, v in adapter.without_increment(weight).items() if k in adapters[name]}
+        adapters[name] = {**adapters[name], **zeroed}
+        key = weight_key(name, base)
+        if key in base:
+            base[key] = fingerprint(weight)
+    return {**payload, "adapters": adapters, "base": base}

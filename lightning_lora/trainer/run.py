@@ -1,0 +1,552 @@
+"""The state of one run of a Trainer on one module: made in the callback's ``setup``, dropped in its ``teardown``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lora.checkpoint import read, write
+from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
+from lightning_lora.checkpoint.format import KEY, State
+from lightning_lora.errors import LoRAError, warn
+from lightning_lora.hosts.view import hide_adapters, present_merged, show_adapters
+from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
+from lightning_lora.injection.inject import (
+    INJECTED_BY_CALLBACK,
+    adapters,
+    inject_options,
+    injections,
+    merge,
+    merging_errors,
+    places,
+    take_out_adapters,
+)
+from lightning_lora.injection.options import differences
+from lightning_lora.memory.meter import MemoryMeter
+from lightning_lora.steps.attach import Handle, attach
+from lightning_lora.trainer import quantization, support
+from lightning_lora.trainer.author_view import author_view, frozen_weights
+from lightning_lora.trainer.averages import Averages
+from lightning_lora.trainer.first_batches import first_losses
+from lightning_lora.trainer.instance_hooks import InstanceHooks
+from lightning_lora.trainer.namespaces import is_a
+from lightning_lora.trainer.optimizers import Substitution, find_optimizers, old_order, refuse_hooked
+from lightning_lora.weights import sharded
+from lightning_lora.weights.quantized import storages, torch_linear
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_lora.callback import LoRA
+
+RUNS: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
+"""Module -> the run that it is in."""
+
+
+class Run:
+    """What a run knows of its module, and what it does in the module's own hooks.
+
+    Callback hooks come too late or not at all for some of this. ``Callback.setup`` is called before the module's
+    ``setup`` and ``configure_model``, where layers may be made. ``Callback.on_load_checkpoint`` is called after the
+    state dict has been loaded. Weights-only files are written, and tuners train, without callbacks. So the module's own
+    hooks are wrapped on the instance; :meth:`check_hooks` raises if one was replaced so that it never reached the run.
+
+    Args:
+        callback: The callback; its options are read.
+        trainer: Held weakly, like ``module``.
+        module: The LightningModule.
+    """
+
+    def __init__(self, callback: LoRA, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.callback = callback
+        self._trainer = weakref.ref(trainer)
+        self._module = weakref.ref(module)
+        self.options = callback.options
+        self.fits = trainer.state.fn == "fit"
+        self.hooks = InstanceHooks(module)
+        self._strategy_hooks = InstanceHooks(trainer.strategy)
+        self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        """The Trainer's own list; in a tuner's trial steps it has another."""
+        self.fingerprints = Fingerprints()
+        self.is_sharded = is_a(trainer.strategy, ModelParallelStrategy)
+        self.hides = self.options.gradient != "factored"
+        """Whether A and B leave ``parameters()`` while training: there, weights are W and whoever goes through
+        them finds what he would find without adapters. In factored mode they are W0, and code that writes A and B by
+        way of ``parameters()``, as averages and perturbations do, is right only if it finds them."""
+        self.waits_for_file = False
+        """Whether Lightning may be reading a checkpoint: what it raises then may be damage of the file."""
+        self.payload: State | None = None
+        """``checkpoint["lightning_lora"]`` of the file that is being loaded; its adapters follow the weights."""
+        self.before: dict[str, Tensor] = {}
+        """This rank's shards of W0, kept while a strategy loads a file over them."""
+        self.idle: frozenset[str] = frozenset()
+        """Names of adapters that no optimizer trains."""
+        self.unreached: set[str] = set()
+        """Names of adapters that no gradient has reached in the first batch."""
+        self.substitutions: list[Substitution] = []
+        self._old_optimizer_states: list[Any] = []
+        """Optimizer states of a file of format 1, which are to be put in today's order."""
+        self.handles: list[Handle] = []
+        self.meter: MemoryMeter | None = None
+        self.averages = Averages(trainer)
+        self._unfreezable: dict[Tensor, str] = {}
+        """Frozen weights that may be unfrozen by the module's own code while it trains, with their names."""
+        self._watched: dict[str, tuple[Any, ...]] = {}
+        """What is seen of frozen weights before the first batch."""
+        self.batches = 0
+        """How many training batches have ended."""
+        self._is_silent = False
+        """Whether what the module logs is of no batch of the run."""
+        self._told_incomplete = False
+        RUNS[module] = self
+        self.hooks.wrap("setup", self.on_setup)
+        self._strategy_hooks.wrap("on_exception", self.on_strategy_exception)
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        trainer = self._trainer()
+        assert trainer is not None
+        return trainer
+
+    @property
+    def module(self) -> pl.LightningModule:
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def is_own_run(self) -> bool:
+        """Whether the Trainer calls its own callbacks, and not those of a tuner's trial steps."""
+        return self.trainer.callbacks is self._callbacks  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ the module's hooks, in the order of their calls
+
+    def on_setup(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Wrap the module's other hooks after its own ``setup``, which may set some of them."""
+        original(*args, **kwargs)
+        self.wrap_hooks()
+        self.hooks.wrap("configure_model", self.on_configure_model)
+
+    def wrap_hooks(self) -> None:
+        """Wrap the hooks that the run needs, those anew that have been replaced since."""
+        hooks: dict[str, Callable[..., Any]] = {
+            "on_load_checkpoint": self.on_load_checkpoint,
+            "load_state_dict": self.on_load_state_dict,
+            "on_save_checkpoint": self.on_save_checkpoint,
+        }
+        if self.fits:
+            hooks |= {
+                "configure_optimizers": self.on_configure_optimizers,
+                "on_fit_start": self.on_fit_start,
+                "on_train_start": self.on_train_start,
+                "log": self.on_log,
+            }
+            if self.hides:
+                hooks["zero_grad"] = self.on_zero_grad
+            if self.is_sharded:
+                hooks["state_dict"] = self.on_state_dict
+        for name, method in hooks.items():
+            self.hooks.wrap(name, method)
+
+    def check_hooks(self, *names: str) -> None:
+        """Raise if a wrapped hook has not been called though Lightning is past it.
+
+        Raises:
+            LoRAError: If one of ``names`` has not reached the run.
+        """
+        for name in names:
+            if name not in self.hooks.ran:
+                raise LoRAError(
+                    f"LoRA did not hear of `{type(self.module).__name__}.{name}`: it was replaced on the instance after"
+                    " the callback's `setup`, by code that does not call what it replaced. Set it before `fit`, or in"
+                    " the module's `setup`."
+                )
+
+    def on_configure_model(self, original: Callable[[], Any]) -> None:
+        """Inject when all layers exist, unless the module's own code has injected the same adapters."""
+        if self.fits and self.is_sharded:
+            self._inject_before_sharding()
+            injected = INJECTED_BY_CALLBACK.set(self.options if adapters(self.module) else None)
+            try:
+                original()
+            finally:
+                INJECTED_BY_CALLBACK.reset(injected)
+        else:
+            original()
+        self.hooks.unwrap("configure_model")  # `is_overridden` is to be the user's answer from here on
+        self.waits_for_file = True
+        if self.fits:
+            with torch_linear():
+                self._inject()
+        self.averages.start(self.trainer, self.module, self.options)
+
+    def _inject_before_sharding(self) -> None:
+        """Inject before the module's ``configure_model``, where the layers that it shards exist by then."""
+        if not adapters(self.module):
+            try:
+                inject_options(self.module, self.options)
+            except LoRAError:
+                if any(p.dim() > 1 for p in self.module.parameters()):
+                    raise  # else the layers are made in `configure_model`
+
+    def _inject(self) -> None:
+        module, trainer = self.module, self.trainer
+        quantization.quantize_now(trainer, module)
+        present = list(injections(module))
+        if not present and self.is_sharded:
+            raise LoRAError(
+                f"{type(module).__name__} was sharded without adapters, and they have to be sharded with it. Make the"
+                " layers in `__init__` or `setup`, or call `lightning_lora.inject(self, ...)` in `configure_model`,"
+                " with the options of the callback, before `fully_shard`."
+            )
+        if not present:
+            inject_options(module, self.options)
+        for injection in present:
+            if difference := differences(injection.options, self.options):
+                raise LoRAError(
+                    f"{type(module).__name__} has adapters from an earlier `inject` with other options than the"
+                    f" callback: {difference}. Give both the same."
+                )
+        if self.callback.checkpoint == "adapter" and self.options.gradient != "factored":
+            raise LoRAError(
+                f"`checkpoint='adapter'` needs frozen weights, and with `gradient={self.options.gradient!r}` they hold"
+                " their increments. Use `checkpoint='merged'`, or `gradient='factored'`."
+            )
+
+    def on_load_checkpoint(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        """Give the module, which loads its weights next, W0 in the place of merged weights.
+
+        Raises:
+            LoRAError: If the file is not a LoRA run's and this run would read its optimizer states.
+        """
+        original(checkpoint)
+        if self.fits and KEY not in checkpoint:
+            raise LoRAError(
+                f"{self.trainer.ckpt_path} was not written by a run with LoRA: the states of its optimizers are those"
+                " of all weights, and here adapters are trained. To start from its weights, load them into the module"
+                " (`Model.load_from_checkpoint(file)`, or `load_state_dict` in `__init__`), and call `fit` without"
+                " `ckpt_path`."
+            )
+        if sharded.is_sharded(self.module):
+            if self.before:
+                support.check_complete(self.trainer, self.module)
+            read.restore_shards(checkpoint, self.module, self.callback.exact_resume, self.before)
+            self.forget_loading()
+            return
+        after_fit = self.callback.finished_payload(self.module)
+        self.averages.prepare_for_loading(checkpoint, self.module, self.callback.exact_resume, after_fit)
+        self.payload = checkpoint.get(KEY)
+        if self.payload is not None and self.payload["version"] == 1:
+            self._old_optimizer_states = checkpoint.get("optimizer_states", [])
+        self.callback.keep_finished(self.module, None if adapters(self.module) else self.payload)
+
+    def on_load_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Put the adapters back after the weights, whatever the module's own ``load_state_dict`` does with keys."""
+        result = original(*args, **kwargs)
+        if self.payload is not None:
+            read.restore_adapters(self.module, self.payload)
+        return result
+
+    def on_configure_optimizers(self, original: Callable[[], Any]) -> Any:
+        """Call the hook on the module as its author wrote it; then adapters take the places of their weights."""
+        module = self.module
+        if self.is_sharded:  # whose parameters are not the author's any more
+            configured = original()
+        else:
+            with author_view(module):
+                configured = original()
+                refuse_hooked({place.weight: place.key for place in places(module)})
+        optimizers = find_optimizers(configured)
+        self.undo_substitutions()
+        frozen = self._frozen()
+        trained = {place.weight: place.named_factors() for place in places(module)}
+        for optimizer in optimizers:
+            self.substitutions.append(Substitution(optimizer, trained, frozen))
+        self._set_idle_aside(optimizers)
+        if self._old_optimizer_states:
+            old_order(optimizers, self._old_optimizer_states, module)
+        return configured
+
+    def _frozen(self) -> dict[Tensor, str]:
+        """Return the frozen weights that leave the optimizers: not those that the resumed run has unfrozen."""
+        unfrozen = set(self.payload["trained"]) if self.payload is not None else set()
+        adapted = {place.weight for place in places(self.module)}
+        frozen = frozen_weights(self.module)
+        return {p: name for p, name in frozen.items() if p in adapted or name not in unfrozen}
+
+    def _set_idle_aside(self, optimizers: list[Any]) -> None:
+        """Take out the adapters whose weights no optimizer had: full fine-tuning would not have trained them.
+
+        A process group has counted on their gradients by now; there they stay, at zero.
+        """
+        module = self.module
+        owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        idle = {n for n, a in adapters(module).items() if not any(p in owned for p in a.trained.values())}
+        if not idle or not optimizers:
+            return
+        by_name = not isinstance(self.options.target_modules, str) or self.options.target_parameters is not None
+        if by_name or len(idle) == len(adapters(module)):
+            raise LoRAError(support.no_optimizer(sorted(idle), module))
+        self.idle = frozenset(idle)
+        if self.trainer.world_size == 1:
+            take_out_adapters(module, idle)
+        rank_zero_info(
+            f"No optimizer has the weights of {support.listed(sorted(idle))}, as those of target networks: they stay as"
+            " they are, without adapters."
+        )
+
+    def on_fit_start(self, original: Callable[[], Any]) -> None:
+        """Show the user's code the plain model from here on."""
+        self.averages.restore()
+        self.present()
+        original()
+
+    def present(self) -> None:
+        """Have ``state_dict()`` give merged weights and, where weights are W, A and B leave ``parameters()``.
+
+        Sharded modules stay as they are: FSDP2 saves the states of optimizers by names in the module.
+        """
+        if not self.is_sharded and adapters(self.module):
+            present_merged(self.module, True)
+            if self.hides:
+                hide_adapters(self.module)
+
+    def on_train_start(self, original: Callable[[], Any]) -> None:
+        """Have weights that hold their increments follow the optimizers.
+
+        A tuner trains before ``on_fit_start`` and calls no callbacks; the module's own hook is called in any case.
+        """
+        module, trainer = self.module, self.trainer
+        self.check_hooks("configure_optimizers")
+        self.wrap_hooks()
+        self.present()
+        if self.options.init == "gradient" and trainer.global_step == 0:
+            self._is_silent = True
+            try:
+                start_from_gradients(module, first_losses(trainer, module, PASSES), trainer.strategy.reduce)
+            finally:
+                self._is_silent = False
+        if not self.handles:
+            factors = {p for adapter in adapters(module).values() for p in adapter.trained.values()}
+            self.handles = [
+                attach(module, optimizer)
+                for optimizer in trainer.optimizers
+                if any(p in factors for group in optimizer.param_groups for p in group["params"])
+            ]
+        if self.callback.log_memory and self.is_own_run:
+            self.meter = MemoryMeter(module, trainer.optimizers, trainer.world_size)
+        adapted = {place.weight for place in places(module)}
+        self._unfreezable = {p: n for p, n in frozen_weights(module).items() if p not in adapted}
+        if not self.hides and not self.is_sharded:
+            self._watched = {name: seen(p) for name, p in self._untrained().items()}
+        original()
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """Return the parameters that no optimizer of the run may write."""
+        trained = {
+            p for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
+        factors = {p for adapter in adapters(self.module).values() for p in adapter.parameters()}
+        others = {name: p for name, p in self.module.named_parameters() if p not in trained and p not in factors}
+        return {name: p for name, p in others.items() if not is_lazy(p) and p.is_floating_point()}
+
+    def on_log(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Leave out what is logged while gradients are taken before training."""
+        if not self._is_silent:
+            original(*args, **kwargs)
+
+    def on_zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Reach the gradients of A and B, which are not among the module's parameters now."""
+        original(*args, **kwargs)
+        for adapter in adapters(self.module).values():
+            adapter.zero_grad(*args, **kwargs)
+
+    def on_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Leave the adapters out while a strategy reads a folder: it asks the file for all keys that it finds here."""
+        state = original(*args, **kwargs)
+        if self.before:
+            for place in places(self.module):
+                for name in place.adapter.state_dict():
+                    state.pop(f"{kwargs.get('prefix', '')}{place.factors}{name}", None)
+        return state
+
+    def on_save_checkpoint(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        """Add the adapters to what is about to be written; full and weights-only files both come through here.
+
+        The module's own hook comes last and sees what it would see without adapters.
+        """
+        module = self.module
+        if adapters(module):
+            for place in places(module):
+                getattr(place.adapter, "check_followed", lambda: None)()
+            payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
+            state = checkpoint["state_dict"]
+            if any(sharded.is_part(tensor) for tensor in state.values()):
+                checkpoint["state_dict"] = write.merged_shards(state, module, payload)
+            else:
+                self.averages.save(checkpoint, payload)
+                write.make_plain(state, payload, storages(module), module)
+                self._tell_incomplete(write.missing_weights(state, payload))
+            checkpoint[KEY] = payload
+            self._tell_rewritten()
+        original(checkpoint)
+
+    def _tell_incomplete(self, missing: list[str]) -> None:
+        if missing and not self._told_incomplete:
+            self._told_incomplete = True
+            warn(
+                f"`state_dict()` of {type(self.module).__name__}, or a callback, leaves out the weights of"
+                f" {support.listed(missing)}, so the file is no whole model. It resumes this run, on the same"
+                " pretrained weights."
+            )
+
+    def _tell_rewritten(self) -> None:
+        if self.fingerprints.rewritten:
+            names = support.listed(sorted(self.fingerprints.rewritten))
+            self.fingerprints.rewritten.clear()
+            warn(
+                f"The frozen weights of {names} were written to while training, by other code than an optimizer. Files"
+                " hold what they are now. If parameters are clipped or averaged by the module's own code, use"
+                " `gradient='merged'`, in which `parameters()` are the whole weights."
+            )
+
+    # -------------------------------------------------------------------------------------- called by the callback
+
+    def keep_shards(self) -> None:
+        """Keep this rank's shards of W0, which a strategy is about to load a file over."""
+        if self.is_sharded and self.trainer.ckpt_path and self.trainer.strategy.restore_checkpoint_after_setup:
+            frozen = (place for place in places(self.module) if not place.adapter.holds)
+            self.before = {place.key: place.weight.detach().clone() for place in frozen}
+            self.before.setdefault("", torch.empty(0))  # reading has begun, also where nothing is frozen
+            self._strict: bool | None = vars(self.module).get("_strict_loading")
+            self.module.strict_loading = False
+
+    def forget_loading(self) -> None:
+        """Drop what was kept for a file that has been loaded."""
+        if self.before:
+            self.before = {}
+            vars(self.module)["_strict_loading"] = self._strict
+
+    def unfreeze(self) -> None:
+        """Follow what the module's own code has unfrozen since the last batch.
+
+        Raises:
+            LoRAError: If an adapted weight requires a gradient now.
+        """
+        for place in places(self.module):
+            if place.weight.requires_grad and place.weight.is_leaf:
+                raise LoRAError(support.unfrozen(place.name))
+        if thawed := [p for p in self._unfreezable if p.requires_grad]:
+            for p in thawed:
+                del self._unfreezable[p]
+            for substitution in self.substitutions:
+                substitution.put_back(thawed)
+
+    def check_untouched(self) -> None:
+        """Warn if other code than an optimizer has written frozen parameters in the first batch."""
+        watched, self._watched = self._watched, {}
+        now = self._untrained() if watched else {}
+        if written := [name for name, before in watched.items() if name in now and seen(now[name]) != before]:
+            warn(
+                f"{support.listed(written)} are in no optimizer and were written in the first batch, by the module's"
+                " own code. If they follow other parameters of the module, as momentum and target networks do: these"
+                " are W0 here, without what is learned. Use `gradient='merged'`, in which they are the whole weights."
+            )
+
+    @property
+    def is_early(self) -> bool:
+        """Whether training has begun and not got beyond its first batches."""
+        return "on_train_start" in self.hooks.ran and self.batches < 2
+
+    def lost_to_rounding(self) -> Tensor | None:
+        """Return the share of moved entries that rounding to the nearest would have lost, where factors are drawn."""
+        lost = [a.lost for a in adapters(self.module).values() if a.resample is not None and a.lost is not None]
+        return torch.stack(lost).mean() if lost else None
+
+    def stop_meter(self) -> None:
+        """Take the memory meter off the module and the optimizers."""
+        if self.meter is not None:
+            self.meter.remove()
+            self.meter = None
+
+    def undo_substitutions(self) -> None:
+        """Put the weights back into the optimizers."""
+        for substitution in self.substitutions:
+            substitution.undo()
+        self.substitutions = []
+
+    def on_strategy_exception(self, original: Callable[..., Any], exception: BaseException) -> None:
+        """Leave a plain module behind where a tuner has put other callbacks in the place of the Trainer's."""
+        original(exception)
+        self.finish()
+
+    def finish(self) -> None:
+        """Leave a plain module behind, with merged weights, and nothing of the run on it, whatever happened."""
+        module = self._module()
+        if module is None or RUNS.get(module) is not self:
+            return
+        del RUNS[module]
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.stop_meter()
+        self.forget_loading()
+        self.hooks.remove()
+        self._strategy_hooks.remove()
+        if adapters(module) and sharded.is_sharded(module):
+            return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
+        if self.fits and adapters(module):
+            show_adapters(module)
+            present_merged(module, False)
+            payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
+            self._tell_rewritten()
+            if errors := merging_errors(module).values():
+                rank_zero_info(
+                    f"{len(errors)} quantised layers are plain now, with merged weights: rounded by"
+                    f" {max(most for most, _ in errors):.1e} in any entry at most, by"
+                    f" {sum(mean for _, mean in errors) / len(errors):.1e} on average."
+                )
+            merge(module)
+            self.callback.keep_finished(module, payload)
+        self.undo_substitutions()
+
+
+class Finished:
+    """What it takes to resume a run whose module is plain and merged again."""
+
+    def __init__(self, module: nn.Module, payload: State) -> None:
+        self._module = weakref.ref(module)
+        self.payload = payload
+        self._seen = {name: seen(weight) for name, weight in self._weights(module)}
+
+    def _weights(self, module: nn.Module) -> list[tuple[str, Tensor]]:
+        parameters: Mapping[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        return [
+            (name, weight)
+            for name in self.payload["adapters"]
+            if (weight := parameters.get(f"{name}.weight", parameters.get(name))) is not None
+        ]
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Return whether this is what ``module`` has been trained to."""
+        return self._module() is module
+
+    def add_to(self, checkpoint: dict[str, Any], module: nn.Module) -> None:
+        """Add the adapters to ``checkpoint``, which holds the merged weights of ``module``.
+
+        A weight that was edited since is what a run that resumes starts from: its adapter is zero in the file.
+        """
+        payload = self.payload
+        weights = dict(self._weights(module))
+        edited = [name for name, before in self._seen.items() if seen(weights[name]) != before]
+        if edited:
+            payload = write.with_new_bases(payload, {name: weights[name] for name in edited})
+        write.make_plain(checkpoint["state_dict"], payload, storages(module))
+        checkpoint[KEY] = payload
