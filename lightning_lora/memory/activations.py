@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_lora import _compat
 from lightning_lora.hosts import Host
+from lightning_lora.injection.inject import places
 
-DEBUG = __import__("os").environ.get("DEBUGW")
 BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -53,6 +53,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+
+
+def parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of ``module``, with those of adapters that are hidden in it."""
+    return {*module.parameters(), *(p for place in places(module) for p in place.adapter.parameters())}
 
 
 @contextmanager
@@ -125,8 +130,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, trained: set[Tensor], batch: Any, manual: bool) -> None:
         super().__init__()
-        own = [*module.parameters(), *module.buffers()]
-        self.lora, self.full = Saved(set(storages(own))), Saved(set())
+        self.lora, self.full = Saved(set(storages([*parameters(module), *module.buffers()]))), Saved(set())
         self.reached: set[Tensor] | None = set()
         """The parameters that full fine-tuning would give gradients to; None if that could not be seen."""
         self.unknown = ""
@@ -257,7 +261,6 @@ class Watch(TorchFunctionMode):
             with _compat.quiet_fake_tensors():
                 yield
         except Exception as error:  # whatever an operation raises that needs values
-            if DEBUG: import traceback; traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
             self.unknown = f"`{getattr(func, '__name__', func)}` could not be followed without data: {reason}"
             self._twins.clear()
