@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from zoo import ZOO, TiedNet, Zoo
 
-from lightning_lora import LoRA, Memory, MemoryReport, estimate_memory
+from lightning_lora import LoRA, Memory, MemoryReport, adapters, estimate_memory
 from lightning_lora.memory.optimizer_states import derived_nbytes, measured_nbytes
 
 GRADIENTS = ("factored", "merged", "projected")
@@ -58,8 +58,9 @@ class Reality(Callback):
     """Reads the four parts off a run by other means than the library's: addresses and hooks of its own."""
 
     def on_train_start(self, trainer, pl_module) -> None:
-        known = {t.untyped_storage().data_ptr() for t in [*pl_module.parameters(), *pl_module.buffers()]}
-        self.parameters = size(pl_module.parameters())
+        self.own = {*pl_module.parameters(), *(p for a in adapters(pl_module).values() for p in a.parameters())}
+        known = {t.untyped_storage().data_ptr() for t in [*self.own, *pl_module.buffers()]}
+        self.parameters = size(self.own)
         self.activations = None
         step, kept = pl_module.training_step, []
 
@@ -76,7 +77,7 @@ class Reality(Callback):
         pl_module.training_step = first_step
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.gradients = size(p.grad for p in pl_module.parameters() if p.grad is not None)
+        self.gradients = size(p.grad for p in self.own if p.grad is not None)
         states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
         self.optimizer = size(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_lora import _compat
 from lightning_lora.hosts import Host
+from lightning_lora.injection.inject import places
 
-DEBUG = __import__("os").environ.get("DEBUGW")
 BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -53,6 +53,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+
+
+def parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of ``module``, with those of adapters that are hidden in it."""
+    return {*module.parameters(), *(p for place in places(module) for p in place.adapter.parameters())}
 
 
 @contextmanager
@@ -125,8 +130,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, trained: set[Tensor], batch: Any, manual: bool) -> None:
         super().__init__()
-        own = [*module.parameters(), *module.buffers()]
-        self.lora, self.full = Saved(set(storages(own))), Saved(set())
+        self.lora, self.full = Saved(set(storages([*parameters(module), *module.buffers()]))), Saved(set())
         self.reached: set[Tensor] | None = set()
         """The parameters that full fine-tuning would give gradients to; None if that could not be seen."""
         self.unknown = ""
@@ -257,10 +261,6 @@ class Watch(TorchFunctionMode):
             with _compat.quiet_fake_tensors():
                 yield
         except Exception as error:  # whatever an operation raises that needs values
-            if DEBUG:
-                import traceback
-
-                traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
             self.unknown = f"`{getattr(func, '__name__', func)}` could not be followed without data: {reason}"
             self._twins.clear()
@@ -323,12 +323,16 @@ class Watch(TorchFunctionMode):
                 self._inputs.clear()
             return Standing(tensor, self.full if self._counts and not hidden else None)
 
+        func, result = getattr(func, "base", func), packed
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack), self._mode:
-            try:
-                result = getattr(func, "base", func)(*twins[0], **twins[1])
-            except self._fake.DynamicOutputShapeException:
-                with _KnownShape(outputs):
+            with suppress(Exception):  # an operation whose output goes by values, or that has no form without data
+                result = func(*twins[0], **twins[1])
+            if result is packed:
+                packed.clear()
+                with _KnownOutputs(outputs) as known:
                     result = func(*twins[0], **twins[1])
+                if known.after:
+                    raise NotImplementedError(f"{known.after} came after an operation that has no form without data")
         self._pair(outputs, list(tensors_in(result)))
         workspaces = [tensor for tensor in packed if name in RECURRENT and tensor.dtype == torch.uint8]
         if workspaces and not hidden:
@@ -355,19 +359,19 @@ class Watch(TorchFunctionMode):
         if not any(given) or (needed != given and not cls.__module__.startswith("torch.")):
             raise ValueError(f"it is not known what {cls.__name__} would save for gradients that it does not give")
         self.reached = None  # parameters that it has hold of itself
-        new = [
-            None if any(output is arg for arg in args) else self._mode.from_tensor(output.detach())
-            for output in outputs
-        ]
+        new = [tensor for tensor in outputs if not any(tensor is arg for arg in args)]
+        empty = [self._mode.from_tensor(tensor.detach()) for tensor in new]
+        linked = [tensor.requires_grad for tensor in new]
+        inputs = [twin for twin in twins if isinstance(twin, Tensor)]
         with self._mode:
-            for output, twin in zip(outputs, new, strict=True):
-                if twin is not None:
-                    self._twins[output] = twin.requires_grad_().clone() if output.requires_grad else twin
+            joined = _Link.apply(linked, *empty, *inputs)
+        self._pair(new, [one if link else twin for one, link, twin in zip(joined, linked, empty, strict=True)])
         for standing in self._saves:
             if cls.__name__ == "_NoopSaveInputs":  # in older torch
                 self._inputs.append(self._beside(standing))
             else:
                 standing.beside = self._beside(standing)
+
 
 
 def leaves(roots: Iterable[Tensor]) -> set[int]:
@@ -383,19 +387,42 @@ def leaves(roots: Iterable[Tensor]) -> set[int]:
     return found
 
 
-class _KnownShape(TorchDispatchMode):
-    """Gives the real output's shape where it depends on values, as in ``x[mask]``."""
+class _KnownOutputs(TorchDispatchMode):
+    """Gives the real outputs' shapes where an operation cannot: one, which must be the last."""
 
     def __init__(self, outputs: list[Tensor]) -> None:
         super().__init__()
-        self._outputs = outputs
+        self._outputs, self._given = outputs, False
+        self.after = ""
+        """An operation that came after it, to which an exception here would be the end of the process."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
-            return func(*args, **(kwargs or {}))
-        except _compat.fake_tensors().DynamicOutputShapeException:
-            (output,) = self._outputs
-            return next(tensors_in(args)).new_empty(output.shape, dtype=output.dtype)
+            result = func(*args, **(kwargs or {}))
+        except Exception:
+            if self._given or not self._outputs or len(func._schema.returns) != len(self._outputs):
+                raise
+        else:
+            if self._given and func is not torch.ops.aten.detach.default and [*tensors_in([result])]:
+                self.after = str(func)
+            return result
+        self._given, device = True, next(tensors_in(args)).device
+        new = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in self._outputs]
+        return new[0] if len(new) == 1 else tuple(new)
+
+
+class _Link(torch.autograd.Function):
+    """Stands in the graph of twins for a function that cannot be followed."""
+
+    @staticmethod
+    def forward(ctx: Any, linked: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(tensor.clone() for tensor in tensors[: len(linked)])
+        ctx.mark_non_differentiable(*(tensor for tensor, link in zip(outputs, linked, strict=True) if not link))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
 
 
 def _unpack(standing: Standing) -> Tensor:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora import _compat
 from lightning_lora.injection.inject import places, trained_without
-from lightning_lora.memory.activations import Watch, nbytes
+from lightning_lora.memory.activations import Watch, nbytes, parameters
 from lightning_lora.memory.optimizer_states import derived_nbytes, makes_states, measured_nbytes, owners
 from lightning_lora.memory.report import Memory, MemoryReport
 from lightning_lora.weights import sharded as shards
@@ -78,7 +78,7 @@ class MemoryMeter:
             return
         shards.reshard(self._module)
         self._stepped.add(optimizer)
-        standing = [p.grad for p in self._module.parameters() if p.grad is not None]
+        standing = [p.grad for p in parameters(self._module) if p.grad is not None]
         self._gradients = max(self._gradients, nbytes(standing))
         self._reduced = max(self._reduced, _full_nbytes(standing))
 
@@ -99,7 +99,7 @@ class MemoryMeter:
         stored = [tensor for storage in storages(self._module).values() for tensor in storage.tensors()]
         return MemoryReport(
             Memory(
-                parameters=nbytes([*self._module.parameters(), *stored]),
+                parameters=nbytes([*parameters(self._module), *stored]),
                 gradients=self._gradients + projected,
                 optimizer=state,
                 activations=lora,
