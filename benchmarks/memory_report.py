@@ -39,7 +39,6 @@ from torch.utils.data import DataLoader
 import lightning_lora.callback
 import lightning_lora.memory.activations
 from lightning_lora import LoRA, Memory, attach, estimate_memory
-from lightning_lora.hosts import ParameterHost
 from lightning_lora.injection.inject import places
 from lightning_lora.injection.options import GRADIENTS
 from lightning_lora.memory.report import PARTS, MemoryMeter
@@ -73,7 +72,7 @@ def real(name: str, method: str, rank: int) -> dict[str, int]:
     del graph
     _, peak, _ = traced(step)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    projected = [place.weight.nbytes for place in places(model) if isinstance(place.host, ParameterHost)]
+    projected = [place.weight.nbytes for place in places(model) if not place.host.is_exact]
     return {
         "parameters": built - buffers,
         "gradients": gradients + max(projected, default=0),  # the full one that stands before it is projected

@@ -36,7 +36,6 @@ from zoo import ZOO, EncoderNet, TiedNet, Zoo
 
 import lightning_lora
 from lightning_lora import LoRA, adapters, attach, inject, merge
-from lightning_lora.hosts import ParameterHost
 from lightning_lora.injection.inject import places
 
 HERE = Path(__file__).parent
@@ -537,7 +536,7 @@ class Loss(Callback):
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.values.append(trainer.callback_metrics["val_loss"].item())
-        self.hosts = {place.name: isinstance(place.host, ParameterHost) for place in places(pl_module)}
+        self.hosts = {place.name: not place.host.is_exact for place in places(pl_module)}
 
 
 NESTED = "ignore:The PyTorch API of nested tensors is in prototype stage"

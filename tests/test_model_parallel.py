@@ -16,7 +16,8 @@ from models import digest
 from test_checkpoint import printed_by_a_new_process
 from torch import nn
 
-from lightning_lora.hosts import Host, swap, unswap
+from lightning_lora.adapters import Adapter
+from lightning_lora.hosts import adopt, release
 from lightning_lora.trainer.support import refuse_unsupported
 
 pytestmark = pytest.mark.skipif(not RequirementCache("torch>=2.7"), reason="torch 2.6 has no FSDP2 on the CPU")
@@ -271,14 +272,10 @@ def test_strategies_that_own_the_parameters_are_refused_with_what_to_use(strateg
         refuse_unsupported(run)
 
 
-def test_a_class_made_of_a_swapped_class_loses_the_mixin_alone():
-    class Mixin(Host):
-        pass
-
+def test_a_class_on_top_of_a_hosts_loses_the_host_alone():
     layer = nn.Linear(2, 2)
-    layer.lora = nn.Module()
-    swap(layer, Mixin)
+    adopt(layer, {"weight": Adapter(torch.zeros(1, 2), torch.zeros(1, 2))})
     layer.__class__ = type("OnTop", (type(layer),), {"extra": 1})
-    unswap(layer)
+    release(layer)
     assert type(layer).__mro__[1:] == nn.Linear.__mro__
     assert (type(layer).__name__, layer.extra, hasattr(layer, "lora")) == ("OnTop", 1, False)
