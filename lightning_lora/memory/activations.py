@@ -373,7 +373,6 @@ class Watch(TorchFunctionMode):
                 standing.beside = self._beside(standing)
 
 
-
 def leaves(roots: Iterable[Tensor]) -> set[int]:
     """Return the identities of the leaves in the graph of ``roots``."""
     nodes = [root.grad_fn for root in roots if root.grad_fn is not None]

@@ -102,10 +102,11 @@ class Substitution:
     def _move_states(self, before: Iterable[Tensor], trained: Trained) -> None:
         state = self._optimizer.state
         made: list[Tensor] = []
+        remaining = {p for group in self._optimizer.param_groups for p in group["params"]}
         for weight in before:
-            if weight in state and weight in trained:
+            if weight in state and weight not in remaining:
                 self._states[weight] = state.pop(weight)
-                made += trained[weight].values()
+                made += trained.get(weight, {}).values()
         if made and (group := dict(self._optimizer.defaults)):
             accepted = inspect.signature(type(self._optimizer).__init__).parameters
             options = {name: value for name, value in group.items() if name in accepted}

@@ -191,6 +191,7 @@ class Run:
         if self.fits:
             with torch_linear():
                 self._inject()
+            present_merged(self.module, not self.is_sharded)
         self.averages.start(self.trainer, self.module, self.options)
 
     def _inject_before_sharding(self) -> None:
@@ -315,18 +316,16 @@ class Run:
     def on_fit_start(self, original: Callable[[], Any]) -> None:
         """Show the user's code the plain model from here on."""
         self.averages.restore()
-        self.present()
+        self.hide()
         original()
 
-    def present(self) -> None:
-        """Have ``state_dict()`` give merged weights and, where weights are W, A and B leave ``parameters()``.
+    def hide(self) -> None:
+        """Have A and B leave ``parameters()`` where weights are W.
 
         Sharded modules stay as they are: FSDP2 saves the states of optimizers by names in the module.
         """
-        if not self.is_sharded and adapters(self.module):
-            present_merged(self.module, True)
-            if self.hides:
-                hide_adapters(self.module)
+        if self.hides and not self.is_sharded:
+            hide_adapters(self.module)
 
     def on_train_start(self, original: Callable[[], Any]) -> None:
         """Have weights that hold their increments follow the optimizers.
@@ -336,7 +335,7 @@ class Run:
         module, trainer = self.module, self.trainer
         self.check_hooks("configure_optimizers")
         self.wrap_hooks()
-        self.present()
+        self.hide()
         if self.options.init == "gradient" and trainer.global_step == 0:
             self._is_silent = True
             try:
