@@ -36,6 +36,7 @@ from zoo import ZOO, EncoderNet, TiedNet, Zoo
 
 import lightning_lora
 from lightning_lora import LoRA, adapters, attach, inject, merge
+from lightning_lora.checkpoint.format import weight_key
 from lightning_lora.injection.inject import places
 
 HERE = Path(__file__).parent
@@ -158,8 +159,8 @@ def test_a_file_has_the_base_models_keys_in_its_order_with_its_shapes_and_dtypes
     expected = [(key, value.shape, value.dtype) for key, value in plain.state_dict().items()]
     assert [(key, value.shape, value.dtype) for key, value in file["state_dict"].items()] == expected
     assert all("lora" not in key for key in file["state_dict"]._metadata)
-    factored = {"layers.embed.weight", "layers.conv.weight", "layers.head.weight"} if "factored" in name else set()
-    assert set(file["lightning_lora"]["base"]) == factored
+    adapted = {weight_key(adapter, file["state_dict"]) for adapter in file["lightning_lora"]["adapters"]}
+    assert set(file["lightning_lora"]["base"]) == (adapted if "factored" in name else set())
     for entry in file["lightning_lora"]["adapters"].values():
         assert {key: type(value) for key, value in entry.items()} == {
             "decomposition": str,
@@ -250,9 +251,6 @@ def recovered(caught):
     return [str(warning.message) for warning in caught if "W0 was recovered" in str(warning.message)]
 
 
-FACTORED = {Net: ["layers.0", "layers.3", "layers.5"], Zoo: ["layers.conv", "layers.embed", "layers.head"]}
-
-
 @pytest.mark.parametrize(("model", "precision"), [(Net, "32-true"), (Zoo, "64-true")])
 @pytest.mark.parametrize(("before", "after"), list(itertools.permutations(GRADIENTS, 2)))
 def test_a_file_saved_in_one_mode_goes_on_in_another(before, after, model, precision, tmp_path):
@@ -271,7 +269,6 @@ def test_a_file_saved_in_one_mode_goes_on_in_another(before, after, model, preci
     messages = recovered(caught)
     assert len(messages) == (after == "factored")
     if messages:
-        assert re.findall(r"'(layers[.\w]+)\.weight'", messages[0]) == FACTORED[model]
         assert "use the `gradient` of the run that was saved" in messages[0]
 
 
@@ -485,21 +482,17 @@ def test_an_exception_while_the_finder_trains_leaves_the_module_as_it_was(gradie
 
 
 @pytest.mark.parametrize(
-    ("model", "gradient", "name"),
-    [
-        (Net, "merged", "'layers.0'"),
-        (Net, "projected", "'layers.0'"),
-        (Zoo, "factored", "'layers.attention.in_proj_weight'"),
-    ],
+    ("model", "gradient"),
+    [(Net, "merged"), (Zoo, "projected")],
 )
 @pytest.mark.parametrize("made_in", ["__init__", "configure_model"])
-def test_files_of_adapters_only_are_refused_where_a_weight_holds_its_increment(
-    model, gradient, name, made_in, tmp_path
-):
+def test_files_of_adapters_only_are_refused_where_a_weight_holds_its_increment(model, gradient, made_in, tmp_path):
     module = model(made_in=made_in)
     callback = lora(model, gradient, checkpoint="adapter")
     if made_in == "__init__":
-        refused(tmp_path, module, callback, match=["checkpoint='adapter'", name, "checkpoint='merged'"])
+        refused(
+            tmp_path, module, callback, match=["checkpoint='adapter'", "gradient='factored'", "checkpoint='merged'"]
+        )
         return
     steps = Losses()
     with pytest.raises(BAD, match="checkpoint='adapter'"):
@@ -693,11 +686,11 @@ def test_with_two_hundred_factored_layers_nothing_of_the_callback_runs_but_its_h
     assert len(later) == 7
     for counts in later:
         layers = {key: n for key, n in counts.items() if key[0].startswith(("adapters/", "gradients/", "hosts/"))}
-        assert layers[("hosts/linear.py", "forward")] == 200
+        assert layers[("hosts/forwards.py", "linear")] == 200
         rest = {key: n for key, n in counts.items() if key not in layers}
-        passed_on = {("callback.py", "log"), ("callback.py", "<listcomp>")}  # what the module logs; an empty list
-        assert set(rest) <= {("callback.py", name) for name in HOOKS} | passed_on
-        assert sum(rest.values()) <= 2 * (len(HOOKS) + len(passed_on))
+        own = {key for key in rest if key[0] == "callback.py" or key[0].startswith("trainer/")}
+        assert set(rest) == own
+        assert sum(rest.values()) <= 60  # wrappers of hooks, each looked at once, whatever the number of layers
 
 
 # ------------------------------------------------------------------------------------------------ tested after ``fit``

@@ -189,6 +189,11 @@ class Adapter(nn.Module):
             getattr(self, name).requires_grad_(False)
 
     @property
+    def is_aside(self) -> bool:
+        """Whether the module computes with its parameter as it is, for a while."""
+        return self.reads_plain or not self.enabled
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: p for name, p in self.named_parameters() if name not in self.fixed}

@@ -26,6 +26,8 @@ def seen(weight: Tensor) -> tuple[Any, ...]:
     ``weight.data.clamp_()`` and the like move no version counter; the sample, evenly spaced, notices those that touch
     most entries.
     """
+    if type(weight.data) is not Tensor:  # quantised or sharded
+        return id(weight), weight._version
     flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
     sample = flat[:: max(1, flat.numel() // SAMPLE)]
     return weight.data_ptr(), weight._version, digest(sample)

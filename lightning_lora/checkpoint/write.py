@@ -43,7 +43,7 @@ def describe(
             # to gather the weight costs, and only a decomposition with a gain reads it
             weight = sharded.whole(place.weight) if place.adapter.rescales else place.weight
             adapters[place.name] = _detached(place.adapter.whole().state(weight))
-        if not place.adapter.holds:
+        if not place.adapter.holds and place.key not in stored:
             shard = sharded.part(place.weight)
             full = None if shard is None else (lambda weight=place.weight: sharded.whole(weight))
             base[place.key] = fingerprints.of(place.key, place.weight if shard is None else shard, full)

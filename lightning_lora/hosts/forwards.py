@@ -18,9 +18,9 @@ from lightning_lora.gradients.transforms import is_watched
 
 
 def _stored(host: Any) -> Tensor:
-    """Return the parameter ``weight`` without a path to it."""
+    """Return the parameter ``weight``, without a path to it unless reading it gives the parameter itself."""
     weight = host._parameters["weight"]
-    return weight.detach() if weight.requires_grad else weight
+    return weight.detach() if weight.requires_grad and not host.lora.reads_plain else weight
 
 
 def _dropout(host: Any) -> float:
@@ -29,7 +29,7 @@ def _dropout(host: Any) -> float:
 
 def _product(host: Any, x: Tensor, weight: Tensor) -> Tensor:
     adapter = host.lora
-    if not adapter.enabled:
+    if adapter.is_aside:
         return F.linear(x, weight, host.bias)
     A, B = adapter.increment()
     y = factored.linear(x, weight, host.bias, A, B, adapter.scale, _dropout(host))
@@ -53,7 +53,7 @@ def convolution(self: Any, input: Tensor) -> Tensor:
     """Compute the layer's own convolution and, beside it, those with the filters A and B."""
     adapter, weight = self.lora, _stored(self)
     y = self._conv_forward(input, weight, self.bias)
-    if not adapter.enabled:
+    if adapter.is_aside:
         return y
     x = F.dropout(input, adapter.dropout, self.training)
     A, B = (factor.to(x.dtype) for factor in adapter.increment())
@@ -65,7 +65,7 @@ def convolution(self: Any, input: Tensor) -> Tensor:
 def embedding(self: Any, input: Tensor) -> Tensor:
     """Look up rows of W0 and of A."""
     adapter, y = self.lora, _lookup(self, input)
-    if not adapter.enabled:
+    if adapter.is_aside:
         return y
     A, B = (factor.to(y.dtype) for factor in adapter.increment())
     y = LookupPath(self.padding_idx).add(y, input, A, B, adapter.scale)
@@ -76,28 +76,30 @@ def embedding(self: Any, input: Tensor) -> Tensor:
 def merged_linear(self: Any, input: Tensor) -> Tensor:
     """Compute X W with the weight that holds the increment, and tap the output for the gradients."""
     y = F.linear(input, _stored(self), self.bias)
-    return merged.tap_linear(y, input, self.lora) if is_watched() else y
+    return merged.tap_linear(y, input, self.lora) if is_watched() and not self.lora.is_aside else y
 
 
 @presents(lambda host, x: F.linear(x, host.weight.T, host.bias))
 def merged_conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
     """Compute the same for a weight that is stored (n, m), by the operation of the layer itself."""
     y = torch.addmm(self.bias, x.view(-1, x.size(-1)), _stored(self)).view(*x.size()[:-1], self.nf)
-    return merged.tap_linear(y, x, self.lora) if is_watched() else y
+    return merged.tap_linear(y, x, self.lora) if is_watched() and not self.lora.is_aside else y
 
 
 @presents(lambda host, input: host._conv_forward(input, host.weight, host.bias))
 def merged_convolution(self: Any, input: Tensor) -> Tensor:
     """Compute the layer's own convolution, and tap its output."""
     y = self._conv_forward(input, _stored(self), self.bias)
-    return merged.tap(y, input, self.lora, _convolution_path(self)) if is_watched() else y
+    return merged.tap(y, input, self.lora, _convolution_path(self)) if is_watched() and not self.lora.is_aside else y
 
 
 @presents(nn.Embedding.forward)
 def merged_embedding(self: Any, input: Tensor) -> Tensor:
     """Look up rows of the weight, and tap the output."""
     y = _lookup(self, input)
-    return merged.tap(y, input, self.lora, LookupPath(self.padding_idx)) if is_watched() else y
+    return (
+        merged.tap(y, input, self.lora, LookupPath(self.padding_idx)) if is_watched() and not self.lora.is_aside else y
+    )
 
 
 def _convolution_path(host: Any) -> ConvolutionPath:
@@ -121,7 +123,7 @@ def quantized_linear(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Compute the layer's own product with its stored weight, and the increment beside it."""
     y = self.base_class.forward(self, *args, **kwargs)
     adapter = self.lora
-    if not adapter.enabled:
+    if adapter.is_aside:
         return y
     x = args[0] if args else next(iter(kwargs.values()))
     A, B = adapter.increment()

@@ -57,6 +57,17 @@ class Host(nn.Module):
         return self.made_of[2] is not None
 
 
+class Adapters(nn.ModuleDict):
+    """The adapters of several parameters of one module, by their names."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave nothing in a state dict that has merged weights, not even an entry in its metadata."""
+        destination = kwargs.get("destination", args[0] if args else None)
+        if destination is not None and any(cast(Adapter, adapter).presents_merged for adapter in self.values()):
+            return destination
+        return super().state_dict(*args, **kwargs)
+
+
 def adopt(
     module: nn.Module, adapters: Mapping[str, Adapter], forward: Forward | None = None, read: bool = True
 ) -> None:
@@ -71,7 +82,7 @@ def adopt(
     """
     own: Any = type(module)
     kind = host_class(own, tuple(adapters) if read else (), forward)
-    module.lora = adapters["weight"] if list(adapters) == ["weight"] else nn.ModuleDict(adapters)
+    module.lora = adapters["weight"] if list(adapters) == ["weight"] else Adapters(adapters)
     module.__class__ = kind
 
 
@@ -149,7 +160,7 @@ def _reader(name: str) -> Callable[[Host], Tensor]:
 
 
 def _read(weight: Tensor, adapter: Adapter, training: bool) -> Tensor:
-    if adapter.reads_plain or not adapter.enabled:
+    if adapter.is_aside:
         return weight
     if sharded.is_part(weight) or sharded.is_part(adapter.A):
         return weight  # FSDP2 reads and puts back, one after another, what no forward is to see

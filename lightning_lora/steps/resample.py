@@ -68,7 +68,7 @@ def forget(adapter: Adapter, optimizer: Optimizer) -> None:
     left is what a new optimizer has: nothing, but for Adagrad, which fills its state at once.
     """
     if adapter.steps == adapter.drawn_at:
-        for factor in (adapter.A, adapter.B):
+        for factor in adapter.trained.values():
             optimizer.state.pop(factor, None)
             if isinstance(optimizer, Adagrad):
                 optimizer.state.update(Adagrad([factor], **optimizer.defaults).state)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_lora.hosts.view import hide_adapters, reading_plain, show_adapters
+from lightning_lora.hosts import storage_of
+from lightning_lora.hosts.view import hide_adapters, hosts, reading_plain, show_adapters
 from lightning_lora.injection.inject import injections_with_owners, places
 
 
@@ -32,15 +33,20 @@ def author_view(module: nn.Module) -> Iterator[set[Tensor]]:
         A set that has, on leaving, what the author's code has frozen meanwhile.
     """
     frozen_meanwhile: set[Tensor] = set()
+    shown: list[Tensor] = []
     frozen = frozen_weights(module)
-    hide_adapters(module)
+    for host in hosts(module):
+        if storage_of(host) is None:  # a quantised weight cannot require a gradient; there A and B stand for it
+            hide_adapters(host)
     for weight in frozen:
-        weight.requires_grad = isinstance(weight, UninitializedParameter) or weight.is_floating_point()
+        if isinstance(weight, UninitializedParameter) or weight.is_floating_point():
+            weight.requires_grad = True
+            shown.append(weight)
     try:
         with reading_plain(module):
             yield frozen_meanwhile
     finally:
-        frozen_meanwhile |= {weight for weight in frozen if not weight.requires_grad}
+        frozen_meanwhile |= {weight for weight in shown if not weight.requires_grad}
         for weight in frozen:
             weight.requires_grad = False
         show_adapters(module)

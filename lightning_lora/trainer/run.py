@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint import read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError, warn
-from lightning_lora.hosts.view import hide_adapters, present_merged, show_adapters
+from lightning_lora.hosts.view import hide_adapters, present_merged, reading_plain, show_adapters
 from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
 from lightning_lora.injection.inject import (
     INJECTED_BY_CALLBACK,
@@ -39,7 +40,7 @@ from lightning_lora.trainer.instance_hooks import InstanceHooks
 from lightning_lora.trainer.namespaces import is_a
 from lightning_lora.trainer.optimizers import Substitution, find_optimizers, old_order, refuse_hooked
 from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import storages, torch_linear
+from lightning_lora.weights.quantized import storage_of, storages, torch_linear
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -96,6 +97,10 @@ class Run:
         self.handles: list[Handle] = []
         self.meter: MemoryMeter | None = None
         self.averages = Averages(trainer)
+        self._adapted: dict[Tensor, str] = {}
+        """Adapted weights, with the names of their adapters."""
+        self._rounded: list[Adapter] = []
+        """Adapters whose weights are rounded at each draw."""
         self._unfreezable: dict[Tensor, str] = {}
         """Frozen weights that may be unfrozen by the module's own code while it trains, with their names."""
         self._watched: dict[str, tuple[Any, ...]] = {}
@@ -264,6 +269,7 @@ class Run:
     def on_configure_optimizers(self, original: Callable[[], Any]) -> Any:
         """Call the hook on the module as its author wrote it; then adapters take the places of their weights."""
         module = self.module
+        support.check_there(self.trainer, module)
         if self.is_sharded:  # whose parameters are not the author's any more
             configured = original()
         else:
@@ -277,7 +283,9 @@ class Run:
         optimizers = find_optimizers(configured)
         self.undo_substitutions()
         frozen = self._frozen()
-        trained = {place.weight: place.named_factors() for place in places(module)}
+        shown = self.is_sharded  # A and B were among the parameters that the author's code saw
+        hidden = [place for place in places(module) if not shown and storage_of(place.host) is None]
+        trained = {place.weight: place.named_factors() for place in hidden}
         for optimizer in optimizers:
             self.substitutions.append(Substitution(optimizer, trained, frozen))
         self._set_idle_aside(optimizers)
@@ -339,7 +347,8 @@ class Run:
         if self.options.init == "gradient" and trainer.global_step == 0:
             self._is_silent = True
             try:
-                start_from_gradients(module, first_losses(trainer, module, PASSES), trainer.strategy.reduce)
+                with reading_plain(module):
+                    start_from_gradients(module, first_losses(trainer, module, PASSES), trainer.strategy.reduce)
             finally:
                 self._is_silent = False
         if not self.handles:
@@ -351,8 +360,9 @@ class Run:
             ]
         if self.callback.log_memory and self.is_own_run:
             self.meter = MemoryMeter(module, trainer.optimizers, trainer.world_size)
-        adapted = {place.weight for place in places(module)}
-        self._unfreezable = {p: n for p, n in frozen_weights(module).items() if p not in adapted}
+        self._adapted = {place.weight: place.name for place in places(module)}
+        self._rounded = [adapter for adapter in adapters(module).values() if adapter.resample is not None]
+        self._unfreezable = {p: n for p, n in frozen_weights(module).items() if p not in self._adapted}
         if not self.hides and not self.is_sharded:
             self._watched = {name: seen(p) for name, p in self._untrained().items()}
         original()
@@ -364,7 +374,9 @@ class Run:
         }
         factors = {p for adapter in adapters(self.module).values() for p in adapter.parameters()}
         others = {name: p for name, p in self.module.named_parameters() if p not in trained and p not in factors}
-        return {name: p for name, p in others.items() if not is_lazy(p) and p.is_floating_point()}
+        return {
+            name: p for name, p in others.items() if not is_lazy(p) and type(p.data) is Tensor and p.is_floating_point()
+        }
 
     def on_log(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Leave out what is logged while gradients are taken before training."""
@@ -449,9 +461,9 @@ class Run:
         Raises:
             LoRAError: If an adapted weight requires a gradient now.
         """
-        for place in places(self.module):
-            if place.weight.requires_grad and place.weight.is_leaf:
-                raise LoRAError(support.unfrozen(place.name))
+        for weight, name in self._adapted.items():
+            if weight.requires_grad:
+                raise LoRAError(support.unfrozen(name))
         if thawed := [p for p in self._unfreezable if p.requires_grad]:
             for p in thawed:
                 del self._unfreezable[p]
@@ -476,7 +488,7 @@ class Run:
 
     def lost_to_rounding(self) -> Tensor | None:
         """Return the share of moved entries that rounding to the nearest would have lost, where factors are drawn."""
-        lost = [a.lost for a in adapters(self.module).values() if a.resample is not None and a.lost is not None]
+        lost = [adapter.lost for adapter in self._rounded if adapter.lost is not None]
         return torch.stack(lost).mean() if lost else None
 
     def stop_meter(self) -> None:
