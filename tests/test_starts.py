@@ -427,7 +427,7 @@ def test_no_two_full_gradients_stand_together(tmp_path):
     counts: list[int] = []
 
     class Counted(Zoo):
-        def configure_optimizers(self):
+        def on_fit_start(self):
             weights = [place.weight for place in places(self)]
 
             def count(_):
@@ -437,7 +437,6 @@ def test_no_two_full_gradients_stand_together(tmp_path):
                 weight.requires_grad_(True)
                 weight.register_post_accumulate_grad_hook(count)
                 weight.requires_grad_(False)
-            return super().configure_optimizers()
 
     start(tmp_path, Counted(), lora=ZOO)
     assert max(counts) == 1

@@ -23,6 +23,10 @@ def _stored(host: Any) -> Tensor:
     return weight.detach() if weight.requires_grad and not host.lora.reads_plain else weight
 
 
+def _is_tapped(host: Any) -> bool:
+    return is_watched() and not host.lora.is_aside
+
+
 def _dropout(host: Any) -> float:
     return host.lora.dropout if host.training else 0.0
 
@@ -76,30 +80,28 @@ def embedding(self: Any, input: Tensor) -> Tensor:
 def merged_linear(self: Any, input: Tensor) -> Tensor:
     """Compute X W with the weight that holds the increment, and tap the output for the gradients."""
     y = F.linear(input, _stored(self), self.bias)
-    return merged.tap_linear(y, input, self.lora) if is_watched() and not self.lora.is_aside else y
+    return merged.tap_linear(y, input, self.lora) if _is_tapped(self) else y
 
 
 @presents(lambda host, x: F.linear(x, host.weight.T, host.bias))
 def merged_conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
     """Compute the same for a weight that is stored (n, m), by the operation of the layer itself."""
     y = torch.addmm(self.bias, x.view(-1, x.size(-1)), _stored(self)).view(*x.size()[:-1], self.nf)
-    return merged.tap_linear(y, x, self.lora) if is_watched() and not self.lora.is_aside else y
+    return merged.tap_linear(y, x, self.lora) if _is_tapped(self) else y
 
 
 @presents(lambda host, input: host._conv_forward(input, host.weight, host.bias))
 def merged_convolution(self: Any, input: Tensor) -> Tensor:
     """Compute the layer's own convolution, and tap its output."""
     y = self._conv_forward(input, _stored(self), self.bias)
-    return merged.tap(y, input, self.lora, _convolution_path(self)) if is_watched() and not self.lora.is_aside else y
+    return merged.tap(y, input, self.lora, _convolution_path(self)) if _is_tapped(self) else y
 
 
 @presents(nn.Embedding.forward)
 def merged_embedding(self: Any, input: Tensor) -> Tensor:
     """Look up rows of the weight, and tap the output."""
     y = _lookup(self, input)
-    return (
-        merged.tap(y, input, self.lora, LookupPath(self.padding_idx)) if is_watched() and not self.lora.is_aside else y
-    )
+    return merged.tap(y, input, self.lora, LookupPath(self.padding_idx)) if _is_tapped(self) else y
 
 
 def _convolution_path(host: Any) -> ConvolutionPath:

@@ -107,8 +107,6 @@ class Run:
         """What is seen of frozen weights before the first batch."""
         self.batches = 0
         """How many training batches have ended."""
-        self._is_silent = False
-        """Whether what the module logs is of no batch of the run."""
         self._told_incomplete = False
         RUNS[module] = self
         self.hooks.wrap("setup", self.on_setup)
@@ -157,7 +155,6 @@ class Run:
                 "configure_optimizers": self.on_configure_optimizers,
                 "on_fit_start": self.on_fit_start,
                 "on_train_start": self.on_train_start,
-                "log": self.on_log,
             }
             if self.hides:
                 hooks["zero_grad"] = self.on_zero_grad
@@ -345,12 +342,12 @@ class Run:
         self.wrap_hooks()
         self.hide()
         if self.options.init == "gradient" and trainer.global_step == 0:
-            self._is_silent = True
+            self.hooks.wrap("log", lambda *_, **__: None)  # what is logged now is of no batch of the run
             try:
                 with reading_plain(module):
                     start_from_gradients(module, first_losses(trainer, module, PASSES), trainer.strategy.reduce)
             finally:
-                self._is_silent = False
+                self.hooks.unwrap("log")
         if not self.handles:
             factors = {p for adapter in adapters(module).values() for p in adapter.trained.values()}
             self.handles = [
@@ -377,11 +374,6 @@ class Run:
         return {
             name: p for name, p in others.items() if not is_lazy(p) and type(p.data) is Tensor and p.is_floating_point()
         }
-
-    def on_log(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Leave out what is logged while gradients are taken before training."""
-        if not self._is_silent:
-            original(*args, **kwargs)
 
     def on_zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Reach the gradients of A and B, which are not among the module's parameters now."""
