@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+import lightning_lora
 from lightning_lora import LoRA
 
 GRADIENTS = ("factored", "merged", "projected")
@@ -105,6 +106,8 @@ class Watch(Callback):
         self.reduced: list[tuple[int, list[str]]] = []
         if trainer.world_size > 1:
             names = {p: name for name, p in pl_module.named_parameters()}
+            for name, adapter in lightning_lora.adapters(pl_module).items():
+                names |= {p: f"{name}.lora.{factor}" for factor, p in adapter.trained.items()}
 
             def hook(group, bucket):
                 tensor = bucket.buffer()

@@ -254,9 +254,10 @@ class Merged(Callback):
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         state = {key: value.clone() for key, value in pl_module.state_dict().items() if ".lora." not in key}
+        frozen = dict(pl_module.named_parameters())
         for name, adapter in adapters(pl_module).items():
             if not adapter.holds:
-                state[f"{name}.weight"] = adapter.folded_into(state[f"{name}.weight"])
+                state[f"{name}.weight"] = adapter.folded_into(frozen[f"{name}.weight"])
         self.weights = digest(state)
 
 

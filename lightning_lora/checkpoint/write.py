@@ -122,7 +122,7 @@ def fold(state: MutableMapping[str, Any], payload: State) -> None:
     """Fold the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
     folded: dict[int, Tensor] = {}
     for name, entry in payload["adapters"].items():
-        if (key := weight_key(name, state)) in payload["base"]:
+        if (key := weight_key(name, state)) in payload["base"] and key in state:  # a full one is on rank 0 alone
             weight = state[key]
             if isinstance(state, sharded.Whole):  # what it gives has no place of its own
                 folded.clear()

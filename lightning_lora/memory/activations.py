@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -439,8 +441,11 @@ def _reachable(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
-    elif id(value) not in seen and not isinstance(value, nn.Module | type | Callable):
+    elif id(value) not in seen and not isinstance(value, nn.Module | type | Callable | ModuleType):
         seen.add(id(value))
-        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        # a mapping of another class may make its items when it is asked for them, as those of libraries' models do
+        items = (
+            value.values() if type(value) in (dict, OrderedDict) else value if isinstance(value, list | tuple) else ()
+        )
         for item in (*items, *getattr(value, "__dict__", {}).values()):
             yield from _reachable(item, seen)

@@ -401,7 +401,7 @@ class Run:
                 getattr(place.adapter, "check_followed", lambda: None)()
             payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
             state = checkpoint["state_dict"]
-            if any(sharded.is_part(tensor) for tensor in state.values()):
+            if sharded.is_sharded(module):
                 checkpoint["state_dict"] = write.merged_shards(state, module, payload)
             else:
                 self.averages.save(checkpoint, payload)
