@@ -171,7 +171,8 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     library = sys.modules.get("lightning_lora")
     known = library.adapters(module) if library is not None else {}
     factors = {p for adapter in known.values() for p in (*adapter.parameters(), *adapter.buffers())}
-    own = {n: p for n, p in (*module.named_parameters(), *module.named_buffers()) if p not in factors}
+    named = (*module.named_parameters(), *module.named_buffers())
+    own = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in named if p not in factors}
     return own | {f"{n}.lora.{k}": p for n, a in known.items() for k, p in a.state_dict().items()}
 
 

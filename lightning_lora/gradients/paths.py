@@ -87,7 +87,7 @@ class LookupPath:
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Return Z, (..., r), for the indices ``x`` (...) and ``A`` (r, n)."""
         z = A.index_select(1, x.flatten()).T.unflatten(0, x.shape) if x.dim() else A[:, x]
-        return z if self.padding_idx is None else z.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
+        return z if self.padding_idx is None else torch.where((x == self.padding_idx).unsqueeze(-1), z.detach(), z)
 
     def up(self, z: Tensor, B: Tensor) -> Tensor:
         """Return the increment of the output, (..., m), for ``B`` (r, m)."""

@@ -255,7 +255,7 @@ class Watch(TorchFunctionMode):
         self._counts, self._saves = True, []
         return output
 
-    # ----------------------------------------------------------------------------------- the same call on tensors without data
+    # ------------------------------------------------------------------------------ the same call on tensors without data
 
     @contextmanager
     def _giving_up(self, func: Any) -> Iterator[None]:
