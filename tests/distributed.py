@@ -92,6 +92,14 @@ class Batches(LightningDataModule):
         return DataLoader(dataset, batch_size=4 // n, sampler=sampler)
 
 
+def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
+    """The parameters of ``module``, and those of its adapters, wherever they stand."""
+    names = {p: name for name, p in module.named_parameters()}
+    for name, adapter in lightning_lora.adapters(module).items():
+        names |= {p: f"{name}.lora.{factor}" for factor, p in adapter.trained.items()}
+    return names
+
+
 class Watch(Callback):
     """The losses, the bytes that are reduced after each batch and whose they are, and what is trained at the end.
 
@@ -105,9 +113,7 @@ class Watch(Callback):
         self.losses: list[float] = []
         self.reduced: list[tuple[int, list[str]]] = []
         if trainer.world_size > 1:
-            names = {p: name for name, p in pl_module.named_parameters()}
-            for name, adapter in lightning_lora.adapters(pl_module).items():
-                names |= {p: f"{name}.lora.{factor}" for factor, p in adapter.trained.items()}
+            names = names_of(pl_module)
 
             def hook(group, bucket):
                 tensor = bucket.buffer()
@@ -120,7 +126,7 @@ class Watch(Callback):
         self.losses.append(outputs["loss"].item())
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.trained = {name: p.numel() * p.itemsize for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.trained = {name: p.numel() * p.itemsize for p, name in names_of(pl_module).items() if p.requires_grad}
         self.adapted = digest([pl_module.state_dict(), [o.state_dict() for o in trainer.optimizers]])
         (lora,) = (callback for callback in trainer.callbacks if isinstance(callback, LoRA))
         self.communicated = [lora.memory.lora.communicated, lora.memory.full.communicated]
