@@ -206,7 +206,6 @@ class LoRA(Callback):
         support.check_trained(trainer, pl_module, run.idle)
         if run.is_sharded:
             support.check_sharded(pl_module)
-        run.keep_shards()
         run.unreached = {name for name in adapters(pl_module) if name not in run.idle}
         if trainer.is_global_zero and _prints_summary(trainer):
             print_summary(pl_module)

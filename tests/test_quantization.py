@@ -241,7 +241,6 @@ def quantized_pair(kind: str = "nf4") -> nn.Sequential:
         ({"gradient": "merged", "resample_every_n_steps": 1}, "cannot hold an increment"),
         ({"decomposition": "dora"}, "`decomposition='dora'` would dequantise it in every step"),
         ({"target_modules": ["0"], "modules_to_save": ["1"]}, "cannot be trained in full, as `modules_to_save` asks"),
-        ({"target_modules": None, "target_parameters": ["0.weight"]}, "as `target_parameters` asks"),
     ],
 )
 def test_what_needs_a_weight_that_can_be_written_to_is_refused(kind: str, options: dict, match: str) -> None:

@@ -219,7 +219,7 @@ def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: boo
     for parameter, adapter in self.adapted().items():
         key = f"{prefix}{parameter}"
         weight = self._parameters[parameter]
-        forms = adapter.presents_merged and not adapter.holds and not keep_vars and weight.is_floating_point()
+        forms = adapter.presents_merged and not adapter.holds and not keep_vars and storage_of(self) is None
         if forms and key in destination:
             destination[key] = adapter.folded_into(weight)
 
@@ -243,7 +243,7 @@ def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *a
         if not adapter.presents_merged:
             for name, value in adapter.without_increment(given).items():
                 state_dict[f"{before}{name}"] = value
-        elif not _is_merged(given, own, adapter):
+        elif stored is None and not _is_merged(given, own, adapter):
             adapter.load_tensors(adapter.without_increment(given.to(own.device)))
         else:  # what `state_dict()` gave: not one bit changes
             state_dict[key] = own.detach()

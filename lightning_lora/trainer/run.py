@@ -71,6 +71,8 @@ class Run:
         self._module = weakref.ref(module)
         self.options = callback.options
         self.fits = trainer.state.fn == "fit"
+        self.trains = False
+        """Whether the adapters in the module are this run's, to be merged at its end."""
         self.hooks = InstanceHooks(module)
         self._strategy_hooks = InstanceHooks(trainer.strategy)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -111,6 +113,7 @@ class Run:
         RUNS[module] = self
         self.hooks.wrap("setup", self.on_setup)
         self._strategy_hooks.wrap("on_exception", self.on_strategy_exception)
+        self._strategy_hooks.wrap("load_checkpoint", self.on_strategy_load)
 
     @property
     def trainer(self) -> pl.Trainer:
@@ -150,6 +153,8 @@ class Run:
             "load_state_dict": self.on_load_state_dict,
             "on_save_checkpoint": self.on_save_checkpoint,
         }
+        if self.is_sharded:
+            hooks["state_dict"] = self.on_state_dict
         if self.fits:
             hooks |= {
                 "configure_optimizers": self.on_configure_optimizers,
@@ -158,8 +163,7 @@ class Run:
             }
             if self.hides:
                 hooks["zero_grad"] = self.on_zero_grad
-            if self.is_sharded:
-                hooks["state_dict"] = self.on_state_dict
+                hooks["configure_gradient_clipping"] = self.on_clip
         for name, method in hooks.items():
             self.hooks.wrap(name, method)
 
@@ -194,6 +198,7 @@ class Run:
             with torch_linear():
                 self._inject()
             present_merged(self.module, not self.is_sharded)
+            self.trains = True
         self.averages.start(self.trainer, self.module, self.options)
 
     def _inject_before_sharding(self) -> None:
@@ -369,17 +374,26 @@ class Run:
         trained = {
             p for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
         }
-        factors = {p for adapter in adapters(self.module).values() for p in adapter.parameters()}
-        others = {name: p for name, p in self.module.named_parameters() if p not in trained and p not in factors}
-        return {
-            name: p for name, p in others.items() if not is_lazy(p) and type(p.data) is Tensor and p.is_floating_point()
-        }
+        trained |= {p for adapter in adapters(self.module).values() for p in adapter.parameters()}
+        for child in self.module.modules():
+            if storage_of(child) is not None:  # bitsandbytes casts the biases of its layers in their forward
+                trained |= set(child.parameters(recurse=False))
+        others = {name: p for name, p in self.module.named_parameters() if p not in trained and not is_lazy(p)}
+        return {name: p for name, p in others.items() if type(p.data) is Tensor and p.is_floating_point()}
 
     def on_zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Reach the gradients of A and B, which are not among the module's parameters now."""
         original(*args, **kwargs)
         for adapter in adapters(self.module).values():
             adapter.zero_grad(*args, **kwargs)
+
+    def on_clip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Show A and B to the module's own clipping, which may go through ``self.parameters()``."""
+        show_adapters(self.module)
+        try:
+            original(*args, **kwargs)
+        finally:
+            self.hide()
 
     def on_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Leave the adapters out while a strategy reads a folder: it asks the file for all keys that it finds here."""
@@ -432,14 +446,15 @@ class Run:
 
     # -------------------------------------------------------------------------------------- called by the callback
 
-    def keep_shards(self) -> None:
-        """Keep this rank's shards of W0, which a strategy is about to load a file over."""
-        if self.is_sharded and self.trainer.ckpt_path and self.trainer.strategy.restore_checkpoint_after_setup:
-            frozen = (place for place in places(self.module) if not place.adapter.holds)
+    def on_strategy_load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Keep this rank's shards of W0, which a strategy that shards is about to load a file over."""
+        if self.is_sharded and adapters(self.module):
+            frozen = (p for p in places(self.module) if not p.adapter.holds and not p.weight.is_meta)
             self.before = {place.key: place.weight.detach().clone() for place in frozen}
             self.before.setdefault("", torch.empty(0))  # reading has begun, also where nothing is frozen
             self._strict: bool | None = vars(self.module).get("_strict_loading")
             self.module.strict_loading = False
+        return original(*args, **kwargs)
 
     def forget_loading(self) -> None:
         """Drop what was kept for a file that has been loaded."""
@@ -515,7 +530,7 @@ class Run:
         self._strategy_hooks.remove()
         if adapters(module) and sharded.is_sharded(module):
             return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
-        if self.fits and adapters(module):
+        if self.trains and adapters(module):
             show_adapters(module)
             present_merged(module, False)
             payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
