@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint import read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
@@ -161,6 +162,8 @@ class Run:
                 "on_fit_start": self.on_fit_start,
                 "on_train_start": self.on_train_start,
             }
+            if _compat.is_compiled(self.module):  # torch's compiler breaks in `log` in any case, and may fail in it
+                hooks["log"] = torch.compiler.disable(lambda original, *args, **kwargs: original(*args, **kwargs))
             if self.hides:
                 hooks["zero_grad"] = self.on_zero_grad
                 hooks["configure_gradient_clipping"] = self.on_clip
@@ -300,6 +303,7 @@ class Run:
         unfrozen = set(self.payload["trained"]) if self.payload is not None else set()
         adapted = {place.weight for place in places(self.module)}
         frozen = frozen_weights(self.module)
+        frozen |= {layer.weight: key for key, layer in storages(self.module).items()}  # which nothing can train
         return {p: name for p, name in frozen.items() if p in adapted or name not in unfrozen}
 
     def _set_idle_aside(self, optimizers: list[Any]) -> None:
