@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,16 @@ from lightning_lora.weights.rounding import round_stochastically
 
 DECOMPOSITIONS: dict[str, type[Adapter]] = {}
 """Name of a decomposition -> its class."""
+
+
+class Snapshot(NamedTuple):
+    """What an adapter was when its module's state dict was taken."""
+
+    tensors: dict[str, Tensor]
+    steps: int
+    drawn_at: int
+    weight: str
+    """What tells the weight, where that holds the increment."""
 
 
 class Adapter(nn.Module):
@@ -104,6 +115,8 @@ class Adapter(nn.Module):
         """Share of the entries moved by the last step that rounding to the nearest would have left where they were;
         known for weights below float32 whose factors are drawn anew."""
         self.fixed: tuple[str, ...] = ()
+        self.remembered: collections.deque[Snapshot] = collections.deque(maxlen=4)
+        """The last states that were given to others merged, for when they are loaded back."""
 
     @classmethod
     def check_shape(cls, name: str, m: int, n: int, rank: int, init: str) -> None:
@@ -408,6 +421,18 @@ class Adapter(nn.Module):
         if self.resample == "A":
             self.draw()
         return {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
+
+    def remember(self, weight: str) -> None:
+        """Keep the tensors as they are, if they are not the last ones that were kept."""
+        now = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        last = self.remembered[-1] if self.remembered else None
+        if last is None or last.weight != weight or any(not torch.equal(now[n], t) for n, t in last.tensors.items()):
+            self.remembered.append(Snapshot(now, self.steps, self.drawn_at, weight))
+
+    def recall(self, snapshot: Snapshot) -> None:
+        """Become what ``snapshot`` says again."""
+        self.load_tensors(snapshot.tensors)
+        self.steps, self.drawn_at = snapshot.steps, snapshot.drawn_at
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

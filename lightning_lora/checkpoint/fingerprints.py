@@ -7,11 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.weights.digest import digest
+from lightning_lora.weights.digest import digest, sample
 from lightning_lora.weights.quantized import Storage
-
-SAMPLE = 4096
-"""How many entries of a weight are looked at to notice a write that moves no version counter."""
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -28,9 +25,7 @@ def seen(weight: Tensor) -> tuple[Any, ...]:
     """
     if type(weight.data) is not Tensor:  # quantised or sharded
         return id(weight), weight._version
-    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // SAMPLE)]
-    return weight.data_ptr(), weight._version, digest(sample)
+    return weight.data_ptr(), weight._version, sample(weight)
 
 
 class Fingerprints:

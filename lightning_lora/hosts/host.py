@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.adapters.adapter import Snapshot
 from lightning_lora.errors import LoRAError
 from lightning_lora.gradients import projected
 from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts import lazy
 from lightning_lora.weights import sharded
+from lightning_lora.weights.digest import sample
 from lightning_lora.weights.quantized import form, storage_of
 
 Forward = Callable[..., Tensor]
@@ -222,6 +224,8 @@ def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: boo
         forms = adapter.presents_merged and not adapter.holds and not keep_vars and storage_of(self) is None
         if forms and key in destination:
             destination[key] = adapter.folded_into(weight)
+        if adapter.presents_merged and not keep_vars and storage_of(self) is None:
+            adapter.remember(sample(weight) if adapter.holds else "")
 
 
 def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -243,10 +247,13 @@ def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *a
         if not adapter.presents_merged:
             for name, value in adapter.without_increment(given).items():
                 state_dict[f"{before}{name}"] = value
-        elif stored is None and not _is_merged(given, own, adapter):
-            adapter.load_tensors(adapter.without_increment(given.to(own.device)))
-        else:  # what `state_dict()` gave: not one bit changes
+        elif stored is not None or _is_merged(given, own, adapter):  # what `state_dict()` gave: not one bit changes
             state_dict[key] = own.detach()
+        elif (earlier := _remembered(given, own, adapter)) is not None:
+            adapter.recall(earlier)
+            state_dict[key] = given if adapter.holds else own.detach()
+        else:
+            adapter.load_tensors(adapter.without_increment(given.to(own.device)))
     self.base_class._load_from_state_dict(self, state_dict, prefix, *args)
 
 
@@ -256,6 +263,18 @@ def _is_merged(given: Tensor, weight: Tensor, adapter: Adapter) -> bool:
         return False
     merged = weight if adapter.holds else adapter.folded_into(weight)
     return torch.equal(given.to(merged.device), merged)
+
+
+def _remembered(given: Tensor, weight: Tensor, adapter: Adapter) -> Snapshot | None:
+    """Return what the adapter was when ``state_dict()`` gave ``given``, if that was one of the last times."""
+    for earlier in reversed(adapter.remembered):
+        if adapter.holds:
+            found = sample(given) == earlier.weight  # W is loaded as it is given; a sample tells which it is
+        else:
+            found = _is_merged(given, weight, adapter.with_tensors(earlier.tensors))
+        if found:
+            return earlier
+    return None
 
 
 def __prepare_scriptable__(self: Any) -> nn.Module:
