@@ -54,7 +54,20 @@ def prepare_for_loading(checkpoint: State, module: nn.Module, exact: bool, merge
         _put_base_back(state, payload, current, found, exact, merged or NO_FILE, stored)
     if not found and payload["form"] != "merged":
         fold(state, payload)
+    for place in found:
+        if place.adapter.holds and place.key not in state and place.name in payload["adapters"]:
+            _hold_again(state, place, payload["adapters"][place.name])
     checkpoint["state_dict"] = state
+
+
+def _hold_again(state: State, place: Place, entry: State) -> None:
+    """Put W into ``state``, which leaves it out, for a module whose weight is to hold the increment in ``entry``."""
+    if place.adapter.resample is not None:
+        raise LoRAError(
+            f"The checkpoint leaves out the weight of {place.name!r}, which holds what was learned before the last"
+            " draw. Let the module's `state_dict()` and hooks keep it in the file."
+        )
+    state[place.key] = Adapter.from_state(entry).folded_into(place.weight.detach())
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
