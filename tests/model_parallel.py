@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import LoRA, adapters, inject, merge
 from lightning_lora.hosts import Host
+from lightning_lora.injection.inject import places
 from lightning_lora.memory.report import PARTS
 
 LAYERS = ["embed", "conv", "linear"]
@@ -176,11 +177,12 @@ class Watch(Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         if isinstance(pl_module, FSDPModule):
             pl_module.reshard()  # validation has left the outermost parameters whole
-        names = {p: name for name, p in pl_module.named_parameters()}
+        named = named_parameters(pl_module)
+        names = {p: name for name, p in named.items()}
         (optimizer,) = trainer.optimizers
         self.with_state = sorted(names[p] for p in optimizer.state)
-        self.trained = {name: list(p.shape) for name, p in pl_module.named_parameters() if p.requires_grad}
-        self.dtypes = {name: str(p.dtype) for name, p in pl_module.named_parameters()}
+        self.trained = {name: list(p.shape) for name, p in named.items() if p.requires_grad}
+        self.dtypes = {name: str(p.dtype) for name, p in named.items()}
         self.module = digest({name: local(p) for name, p in pl_module.state_dict().items()})
         self.optimizers = digest([[local(v) for v in state.values()] for state in optimizer.state.values()])
         (report,) = (callback.memory for callback in trainer.callbacks if isinstance(callback, LoRA))
@@ -190,6 +192,12 @@ class Watch(Callback):
         }
         self.memory["notes"] = report.notes
         self.W0 = {name: digest(whole(pl_module.get_submodule(name).weight)) for name in LAYERS}
+
+
+def named_parameters(module) -> dict[str, torch.Tensor]:
+    """Those of the module and of its adapters, which may be hidden."""
+    hidden = {f"{at.factors}{key}": p for at in places(module) for key, p in at.adapter.named_parameters()}
+    return dict(module.named_parameters()) | hidden
 
 
 class Save(Callback):

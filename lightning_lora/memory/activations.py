@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_lora.hosts import Host
 from lightning_lora.injection.inject import places
 
 BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+_READS_GRAD = cast(Any, Tensor.grad).__get__
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -105,15 +106,20 @@ class Standing:
     """Holds one saved tensor, and counts it for as long as it is held."""
 
     def __init__(self, tensor: Tensor, saved: Saved | None) -> None:
-        self.tensor, self.saved, self.beside = tensor, saved, None
+        self.tensor = tensor
+        self.beside: Standing | None = None
+        self._saved = saved
         found = {} if saved is None else storages([tensor])
-        self.storages = [storage for key, storage in found.items() if saved and key not in saved.ignored]
-        for storage in self.storages:
-            self.saved.change(storage, 1)
+        self.storages = [storage for key, storage in found.items() if saved is not None and key not in saved.ignored]
+        self._count(1)
 
     def __del__(self) -> None:
-        for storage in self.storages:
-            self.saved.change(storage, -1)
+        self._count(-1)
+
+    def _count(self, by: int) -> None:
+        if self._saved is not None:
+            for storage in self.storages:
+                self._saved.change(storage, by)
 
 
 class Watch(TorchFunctionMode):
@@ -255,7 +261,7 @@ class Watch(TorchFunctionMode):
         self._counts, self._saves = True, []
         return output
 
-    # ------------------------------------------------------------------------------ the same call on tensors without data
+    # ---------------------------------------------------------------------------- the same call on tensors without data
 
     @contextmanager
     def _giving_up(self, func: Any) -> Iterator[None]:
@@ -305,6 +311,9 @@ class Watch(TorchFunctionMode):
         name, owner = getattr(func, "__name__", ""), getattr(func, "__self__", None)
         if name == "__set__":  # of `data` or `requires_grad`
             self._twins[given[0][0]] = None
+            return
+        if func == _READS_GRAD:
+            self._twins.update(dict.fromkeys(outputs))
             return
         inputs = [*tensors_in(twins), *(t for m in twins[0] if isinstance(m, nn.Module) for t in m.parameters())]
         views = not storages(outputs).keys().isdisjoint(storages(tensors_in(given)))

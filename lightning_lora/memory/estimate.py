@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,8 +61,8 @@ def estimate_memory(
     with mode:
         inject_options(lora, Options(**options))
     made = [_optimizers(side, optimizer) for side in (lora, full)]
-    memories = [_memory(side, own, step, batch) for side, own in zip((lora, full), made, strict=True)]
-    return MemoryReport(*memories, notes=() if all(made) else ("no optimizer could be configured: AdamW",))
+    with_lora, without = (_memory(side, own, step, batch) for side, own in zip((lora, full), made, strict=True))
+    return MemoryReport(with_lora, without, notes=() if all(made) else ("no optimizer could be configured: AdamW",))
 
 
 def _memory(module: nn.Module, optimizers: list[Optimizer], step: str, batch: Any) -> Memory:
@@ -107,11 +107,11 @@ def _dry_run(module: nn.Module, optimizers: int, step: str, batch: Any) -> tuple
     saved = Saved(set(storages([*module.parameters(), *module.buffers()])))
     device = next(module.parameters()).device
     args = tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, copy.deepcopy(batch))
+    stand_ins = Mute() if optimizers == 1 else [Mute()] * optimizers
     for child in module.modules():
         if isinstance(child, Metric):
             vars(child).update({name: lambda *_, **__: torch.zeros(()) for name in ("forward", "update", "compute")})
         elif hasattr(child, "training_step"):
-            stand_ins = Mute() if optimizers == 1 else [Mute()] * optimizers
             silent = ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
             vars(child).update(dict.fromkeys(silent, Mute()))
             vars(child).update(dict.fromkeys(("optimizers", "lr_schedulers"), lambda *_, **__: stand_ins))
@@ -120,7 +120,7 @@ def _dry_run(module: nn.Module, optimizers: int, step: str, batch: Any) -> tuple
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with _same_random_numbers(), _Unread(), eager, torch.enable_grad(), saved.counting():
         if step == "training_step":
-            output = module.training_step(args, 0)
+            output = cast(Any, module).training_step(args, 0)
         elif isinstance(args, dict):
             output = module(**args)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_lora import _compat
 from lightning_lora.injection.inject import places, trained_without
 from lightning_lora.memory.activations import Watch, nbytes, parameters
-from lightning_lora.memory.optimizer_states import derived_nbytes, makes_states, measured_nbytes, owners
+from lightning_lora.memory.optimizer_states import Owner, derived_nbytes, makes_states, measured_nbytes, owners
 from lightning_lora.memory.report import Memory, MemoryReport
 from lightning_lora.weights import sharded as shards
 from lightning_lora.weights.quantized import storages
@@ -29,12 +29,20 @@ class MemoryMeter:
         module: With adapters, about to be trained.
         optimizers: Those of the run. A step that a GradScaler skips is none.
         processes: How many processes reduce their gradients.
+        full: Weight -> the optimizer and the group that full fine-tuning would give it to, where that is known.
     """
 
-    def __init__(self, module: nn.Module, optimizers: list[Optimizer], processes: int = 1) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: list[Optimizer],
+        processes: int = 1,
+        full: Mapping[Tensor, Owner] | None = None,
+    ) -> None:
         self.report: MemoryReport | None = None
         """What was read; from the end of the batch of the first real step on."""
         self._module, self._optimizers, self._processes = module, optimizers, processes
+        self._full = dict(full or {})
         self._watch: Watch | None = None
         self._blind = ""
         self._gradients = self._reduced = 0
@@ -69,7 +77,7 @@ class MemoryMeter:
             self._watch.end()
         for hook in self._hooks:
             hook.remove()
-        self._watch, self._optimizers, self._hooks = None, [], []
+        self._watch, self._optimizers, self._hooks, self._full = None, [], [], {}
         self._stepped.clear()
         del self._module
 
@@ -83,17 +91,18 @@ class MemoryMeter:
         self._reduced = max(self._reduced, _full_nbytes(standing))
 
     def _read(self) -> MemoryReport:
-        known = owners(self._optimizers)
+        own = owners(self._optimizers)
+        known = own | self._full
+        default = next(iter(own.values()))
         for place in places(self._module):  # the optimizer of its adapter would have the weight
-            known.setdefault(place.weight, next(known[p] for p in place.adapter.trained.values() if p in known))
-        default = next(iter(known.values()))
+            owner = next((own[p] for p in place.adapter.trained.values() if p in own), default)
+            known.setdefault(place.weight, owner)
         lora, full, reached, notes = self._activations()
         trained = [p for p in trained_without(self._module).values() if reached is None or p in reached]
-        if self._stepped.issuperset(self._optimizers):
-            state, derived = measured_nbytes(self._optimizers), ["optimizer"] * 0
-        else:
-            state = derived_nbytes((p, owner) for p, owner in known.items() if p.requires_grad)
-            derived = ["optimizer"]
+        derived = ["optimizer"] * (not self._stepped.issuperset(self._optimizers))
+        state: int | None = measured_nbytes(self._optimizers)
+        if derived:
+            state = derived_nbytes((p, owner) for p, owner in own.items() if p.requires_grad)
         projected = standing_gradient(self._module)
         factors = {p for place in places(self._module) for p in place.adapter.parameters()}
         stored = [tensor for storage in storages(self._module).values() for tensor in storage.tensors()]

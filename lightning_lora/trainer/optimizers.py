@@ -62,6 +62,8 @@ class Substitution:
         self._states: dict[Tensor, Any] = {}
         self._new: set[Tensor] = set()
         before = [p for _, params, _ in self._groups for p in params]
+        self.owners = {p: (optimizer, group) for group, params, _ in self._groups for p in params}
+        """Weight that the optimizer had before -> the optimizer and the group."""
         if not any(p in frozen for p in before):
             return
         self._fill()

@@ -365,7 +365,8 @@ class Run:
                 if any(p in factors for group in optimizer.param_groups for p in group["params"])
             ]
         if self.callback.log_memory and self.is_own_run:
-            self.meter = MemoryMeter(module, trainer.optimizers, trainer.world_size)
+            full = {p: owner for substitution in self.substitutions for p, owner in substitution.owners.items()}
+            self.meter = MemoryMeter(module, trainer.optimizers, trainer.world_size, full)
         self._adapted = {place.weight: place.name for place in places(module)}
         self._rounded = [adapter for adapter in adapters(module).values() if adapter.resample is not None]
         self._unfreezable = {p: n for p, n in frozen_weights(module).items() if p not in self._adapted}
