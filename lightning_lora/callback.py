@@ -187,8 +187,9 @@ class LoRA(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin a run; injection waits for the layers, which the module's own hooks may make."""
         support.refuse_second_callback(trainer, LoRA)
-        if (left := RUNS.get(pl_module)) is not None:  # of a strategy that never reported its exception
+        if (left := RUNS.get(pl_module)) is not None:  # its strategy never reported its exception, or shards
             left.finish()
+            left.hooks.remove()
         if stage == "fit":
             support.refuse_unsupported(trainer)
             strategy: Any = trainer.strategy

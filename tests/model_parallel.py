@@ -285,9 +285,9 @@ def resume(folder: Path, name: str, kind: str) -> tuple[Watch, list[str]]:
     return watch, [str(warning.message) for warning in caught if "W0 was recovered" in str(warning.message)]
 
 
-def refusal(folder: Path, model: Net, options: dict | None = None, **arguments) -> str:
+def refusal(folder: Path, model: Net, options: dict | None, **arguments) -> str:
     try:
-        fit(folder, model, options or {}, **arguments)
+        fit(folder, model, options, **arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -350,16 +350,18 @@ def main(folder: Path) -> None:
         "losses": others.losses,
         "warned": [str(warning.message) for warning in caught if "W0 was recovered" in str(warning.message)],
     }
+    alone = Watch()
+    fit(folder, Net(), RUNS["zero"], alone)
+    seen["by the callback alone"] = {"losses": alone.losses, "trained": alone.trained}
     sharded = {"file": folder / "zero-AdamW-sharded.ckpt"}
     seen["refused"] = {
         "exact": refusal(folder, net("zero", optimizer="AdamW", seed=1), {"exact_resume": True}, **sharded),
-        "not injected": refusal(folder, Net()),
-        "sharded first": refusal(folder, net("zero", shard="before")),
-        "forgotten": refusal(folder, net("zero", shard="forgotten")),
+        "sharded first": refusal(folder, net("zero", shard="before"), None),
+        "forgotten": refusal(folder, net("zero", shard="forgotten"), {}),
         "other options": refusal(folder, net("zero"), {"rank": 2}),
         "gradient": refusal(folder, net("zero"), {"init": "gradient"}),
         "adapter": refusal(folder, net("zero"), {"checkpoint": "adapter"}),
-        "tensor parallel": refusal(folder, net("zero"), split=2),
+        "tensor parallel": refusal(folder, net("zero"), {}, split=2),
     }
     (folder / f"{rank}.json").write_text(json.dumps(seen))
 

@@ -136,6 +136,11 @@ def test_merge_makes_the_sharded_module_plain_with_the_weights_of_the_file(folde
     assert "merged" in processes[1]["dora"]
 
 
+def test_the_callback_alone_injects_before_the_module_shards(processes):
+    for process in processes:
+        assert process["by the callback alone"] == {key: process["zero"][key] for key in ("losses", "trained")}
+
+
 def test_the_module_stays_adapted_after_fit_until_merge(processes):
     assert processes[0]["adapted after fit"] == ADAPTED
 
@@ -215,13 +220,16 @@ def test_the_memory_of_a_process_is_that_of_its_parts(name, processes, tmp_path)
     for process in processes:
         for side, alone in (("lora", watch.memory["lora"]), ("full", watch.memory["full"])):
             seen = process[name]["memory"][side]
-            assert seen["activations"] == pytest.approx(alone["activations"], rel=0.06)
             assert all(alone[part] / 3 <= seen[part] <= alone[part] * 0.8 for part in ("parameters", "gradients"))
             assert alone["optimizer"] / 3 <= seen["optimizer"] <= alone["optimizer"] * 0.8
-        assert process[name]["memory"]["lora"]["activations"] == watch.memory["lora"]["activations"] or "proj" in name
+        expected = watch.memory["lora"]["activations"]  # projected, FSDP2 hands on views that are saved by themselves
+        assert process[name]["memory"]["lora"]["activations"] == pytest.approx(
+            expected, rel=0.06 if name == "projected" else 0
+        )
+        assert process[name]["memory"]["full"]["activations"] is None
         trained = sum(map(math.prod, watch.trained.values()))
         assert process[name]["memory"]["lora"]["communicated"] == 4 * trained
-        assert "FSDP2 does not let its modules be copied" in process[name]["memory"]["notes"][0]
+        assert "FSDP2 exchanges the parameters" in process[name]["memory"]["notes"][0]
 
 
 def test_a_step_by_which_torch_makes_states_is_none(processes):
@@ -246,7 +254,6 @@ def test_adapters_keep_their_dtype_in_mixed_and_in_half_precision(name, processe
 @pytest.mark.parametrize(
     ("case", "says"),
     {
-        "not injected": "before `fully_shard`",
         "sharded first": "is sharded already",
         "forgotten": "is not sharded, so each process would train one of its own",
         "other options": "Give both the same",

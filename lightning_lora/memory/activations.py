@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_lora import _compat
 from lightning_lora.hosts import Host
 from lightning_lora.injection.inject import places
+from lightning_lora.weights import sharded as shards
 
 BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _READS_GRAD = cast(Any, Tensor.grad).__get__
@@ -145,6 +146,9 @@ class Watch(TorchFunctionMode):
         """Why it is not known what full fine-tuning would save."""
         self.blind = ""
         """Why it is not known what the step saves."""
+        self._sharded = module if shards.is_sharded(module) else None
+        if self._sharded is not None:
+            self.unknown = "FSDP2 exchanges the parameters while a forward runs, and they cannot be followed"
         self._manual, self._trained, self._parameters = manual, trained, set(module.parameters())
         self._fake = _compat.fake_tensors()
         self._mode = self._fake.FakeTensorMode()
@@ -184,6 +188,7 @@ class Watch(TorchFunctionMode):
         self._stack.close()
         self._twins.clear()
         self._kept.clear()
+        self._sharded = None
 
     def _stop(self, reason: str) -> None:
         if not self._over:
@@ -218,6 +223,8 @@ class Watch(TorchFunctionMode):
     def _pack(self, tensor: Tensor) -> Standing:
         if not self._counts or self._over:
             return Standing(tensor, None)
+        if self._sharded is not None:  # FSDP2 puts full parameters in the places of shards while a forward runs
+            self.lora.ignored |= set(storages(self._sharded.parameters()))
         standing = Standing(tensor, self.lora)
         if self._calling:
             self._saves.append(standing)

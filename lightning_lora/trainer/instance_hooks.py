@@ -63,10 +63,11 @@ class InstanceHooks:
         if own is not _ABSENT:
             vars(owner)[name] = own
 
-    def remove(self) -> None:
-        """Put back everything."""
+    def remove(self, but: str = "") -> None:
+        """Put back everything, except for the method ``but`` if one is named."""
         for name in list(self._wrappers):
-            self.unwrap(name)
+            if not but or name not in (but, "__getstate__"):
+                self.unwrap(name)
 
     def _without_wrappers(self, original: Callable[[], Any]) -> Any:
         state = original()

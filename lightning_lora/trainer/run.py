@@ -525,16 +525,18 @@ class Run:
         module = self._module()
         if module is None or RUNS.get(module) is not self:
             return
-        del RUNS[module]
         for handle in self.handles:
             handle.remove()
         self.handles = []
         self.stop_meter()
         self.forget_loading()
-        self.hooks.remove()
         self._strategy_hooks.remove()
         if adapters(module) and sharded.is_sharded(module):
-            return  # the optimizer's state is saved by names in the module: adapters stay until `merge`
+            # the optimizer's state is saved by names in the module: adapters stay until `merge`, and files are merged
+            self.hooks.remove(but="on_save_checkpoint")
+            return
+        del RUNS[module]
+        self.hooks.remove()
         if self.trains and adapters(module):
             show_adapters(module)
             present_merged(module, False)
