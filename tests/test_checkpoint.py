@@ -12,11 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from models import Digest, Net, ResumableLoader, batches, data, digest, layers, structure, trainer
 from resume import RESUMED, WEIGHTS_ONLY, SaveByHand
+from zoo import TiedNet
 
 import lightning_lora
-from lightning_lora import LoRA, adapters, inject, merge, merged_state_dict
+from lightning_lora import Adapter, LoRA, adapters, inject, merge, merged_state_dict
 from lightning_lora.checkpoint import read as reading
 from lightning_lora.checkpoint import write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
@@ -467,3 +469,31 @@ def test_merging_a_model_loaded_from_its_file_gives_the_weights_in_the_file(fold
     trainer(tmp_path, LoRA(rank=2, alpha=3)).validate(model, data(), ckpt_path=file, verbose=False)
     merge(model)
     assert digest(model.state_dict()) == digest(read(file)["state_dict"])
+
+
+class OnARankThatDoesNotWrite(SingleDeviceStrategy):
+    @property
+    def is_global_zero(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, OnARankThatDoesNotWrite])
+def test_a_save_merges_each_weight_once_on_the_rank_that_writes(strategy, tmp_path, monkeypatch):
+    folded = []
+    fold = Adapter.folded_into
+    monkeypatch.setattr(Adapter, "folded_into", lambda adapter, weight: folded.append(adapter) or fold(adapter, weight))
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            folded.clear()
+            trainer.save_checkpoint(tmp_path / "saved.ckpt")
+            self.times = len(folded), len(set(folded)), len(adapters(pl_module))
+
+    saves, model = Saves(), TiedNet()
+    lora = LoRA(rank=2, target_modules=["out", "body"])
+    trainer(tmp_path, lora, saves, limit_train_batches=1, strategy=strategy("cpu")).fit(model, data())
+    writes = strategy is SingleDeviceStrategy
+    assert saves.times == (2, 2, 2) if writes else (0, 0, 2)
+    if writes:  # the tied weight stands in the file once
+        state = torch.load(tmp_path / "saved.ckpt", weights_only=True)["state_dict"]
+        assert state["out.weight"].data_ptr() == state["layers.embed.weight"].data_ptr()

@@ -68,6 +68,8 @@ class Adapter(nn.Module):
     """Whether reading the weight gives the parameter itself, for a while."""
     presents_merged: bool = False
     """Whether the state dict of the module has the merged weight, and nothing of this adapter."""
+    saving: dict[Adapter, Tensor] | None = None
+    """While a Trainer writes a checkpoint, the merged weights that are in it, on the CPU; else None."""
     per_output: ClassVar[tuple[str, ...]] = ()
     """Names of further tensors that every checkpoint has, with one entry for each output: (m,) or (k, m)."""
 

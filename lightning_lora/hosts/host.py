@@ -221,11 +221,21 @@ def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: boo
     for parameter, adapter in self.adapted().items():
         key = f"{prefix}{parameter}"
         weight = self._parameters[parameter]
-        forms = adapter.presents_merged and not adapter.holds and not keep_vars and storage_of(self) is None
-        if forms and key in destination:
-            destination[key] = adapter.folded_into(weight)
-        if adapter.presents_merged and not keep_vars and storage_of(self) is None:
+        if not adapter.presents_merged or keep_vars or storage_of(self) is not None:
+            continue
+        if not adapter.holds and key in destination:
+            destination[key] = _merged(adapter, weight)
+        if adapter.saving is None:
             adapter.remember(sample(weight) if adapter.holds else "")
+
+
+def _merged(adapter: Adapter, weight: Tensor) -> Tensor:
+    """Return W; for a file, on the CPU, and once for a weight that stands in several places."""
+    if adapter.saving is None:
+        return adapter.folded_into(weight)
+    if adapter not in adapter.saving:
+        adapter.saving[adapter] = adapter.folded_into(weight).cpu()
+    return adapter.saving[adapter]
 
 
 def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.hosts.host import Host
@@ -52,3 +52,24 @@ def present_merged(module: nn.Module, on: bool) -> None:
     """Have ``state_dict()`` give the plain model's, with merged weights, and take such a one back; or not any more."""
     for adapter in adapters_of(module):
         adapter.presents_merged = on
+
+
+@contextmanager
+def merging_for_file(module: nn.Module, writes: bool) -> Iterator[None]:
+    """Have ``state_dict()`` give merged weights on the CPU, formed one at a time: no device holds a second model.
+
+    Args:
+        module: With adapters.
+        writes: Whether this rank writes the file; else the weights stay as they are, and nothing is formed.
+    """
+    merged: dict[Adapter, Tensor] = {}
+    for host in hosts(module):
+        for name, adapter in host.adapted().items():
+            adapter.saving = merged
+            if not writes:
+                merged[adapter] = host._parameters[name].detach()
+    try:
+        yield
+    finally:
+        for adapter in adapters_of(module):
+            adapter.saving = None

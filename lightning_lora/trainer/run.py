@@ -18,7 +18,7 @@ from lightning_lora.checkpoint import read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError, warn
-from lightning_lora.hosts.view import hide_adapters, present_merged, reading_plain, show_adapters
+from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, reading_plain, show_adapters
 from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
 from lightning_lora.injection.inject import (
     INJECTED_BY_CALLBACK,
@@ -115,6 +115,8 @@ class Run:
         self.hooks.wrap("setup", self.on_setup)
         self._strategy_hooks.wrap("on_exception", self.on_strategy_exception)
         self._strategy_hooks.wrap("load_checkpoint", self.on_strategy_load)
+        if not self.is_sharded:
+            self._strategy_hooks.wrap("lightning_module_state_dict", self.on_strategy_state_dict)
 
     @property
     def trainer(self) -> pl.Trainer:
@@ -460,6 +462,14 @@ class Run:
             self._strict: bool | None = vars(self.module).get("_strict_loading")
             self.module.strict_loading = False
         return original(*args, **kwargs)
+
+    def on_strategy_state_dict(self, original: Callable[[], Any]) -> Any:
+        """Merge for a file on the rank that writes it, one weight after another, to the CPU.
+
+        The other ranks' dictionaries are dropped: there weights stay as they are, and no host holds a model for each.
+        """
+        with merging_for_file(self.module, self.trainer.is_global_zero):
+            return original()
 
     def forget_loading(self) -> None:
         """Drop what was kept for a file that has been loaded."""
