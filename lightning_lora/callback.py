@@ -192,6 +192,7 @@ class LoRA(Callback):
             left.hooks.remove()
         if stage == "fit":
             support.refuse_unsupported(trainer)
+            support.refuse_held_weights(self.options, self.checkpoint)
             strategy: Any = trainer.strategy
             if is_a(strategy, ModelParallelStrategy):
                 support.refuse_unsharded(strategy, self.options, self.checkpoint)

@@ -289,7 +289,7 @@ def test_where_the_folder_for_temporary_files_is_on_another_disk_a_broken_file_i
         report = reported("kill", tmp_path, 60, 1, temporary=Path(temporary))
     assert all(files for name, files, _ in report["left"] if "one file" not in name)
     assert all(report["resumed"])
-    assert all(re.fullmatch(r"ValueError: The checkpoint '.*' is truncated\.", text) for text in report["broken"])
+    assert all(re.fullmatch(r"LoRAError: The checkpoint '.*' is truncated\.", text) for text in report["broken"])
 
 
 # ----------------------------------------------------------------------------------------------------- interrupted

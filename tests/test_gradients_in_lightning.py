@@ -28,7 +28,7 @@ from models import (
     trainer,
 )
 from resume import IN_EVERY_GRADIENT, SaveByHand
-from test_bad_input import BAD, refused
+from test_bad_input import refused
 from test_checkpoint import printed_by_a_new_process, read
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -489,18 +489,7 @@ def test_an_exception_while_the_finder_trains_leaves_the_module_as_it_was(gradie
 def test_files_of_adapters_only_are_refused_where_a_weight_holds_its_increment(model, gradient, made_in, tmp_path):
     module = model(made_in=made_in)
     callback = lora(model, gradient, checkpoint="adapter")
-    if made_in == "__init__":
-        refused(
-            tmp_path, module, callback, match=["checkpoint='adapter'", "gradient='factored'", "checkpoint='merged'"]
-        )
-        return
-    steps = Losses()
-    with pytest.raises(BAD, match="checkpoint='adapter'"):
-        trainer(tmp_path, callback, steps).fit(module, data())
-    assert steps.values == []
-    assert digest(module.state_dict()) == digest(model().state_dict())
-    assert [type(child) for child in module.modules()] == [type(child) for child in model().modules()]
-    assert all(p.requires_grad for p in module.parameters())
+    refused(tmp_path, module, callback, match=["checkpoint='adapter'", "gradient='factored'", "checkpoint='merged'"])
 
 
 class WithLBFGS(Net):
@@ -682,8 +671,8 @@ def test_with_two_hundred_factored_layers_nothing_of_the_callback_runs_but_its_h
     trainer(tmp_path, calls, callback, Stops()).fit(Deep(), data())
     assert callback.hooks == set(HOOKS)
     assert callback.operations == []
-    _, *later = calls.counts
-    assert len(later) == 7
+    _, _, *later = calls.counts  # the second batch looks whether the first wrote frozen weights
+    assert len(later) == 6
     for counts in later:
         layers = {key: n for key, n in counts.items() if key[0].startswith(("adapters/", "gradients/", "hosts/"))}
         assert layers[("hosts/forwards.py", "linear")] == 200

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import draws
+from lightning_lora.hosts.view import reading_plain
 from lightning_lora.injection.inject import Place, places
 
 GAMMA = 16
@@ -40,7 +41,8 @@ def start_from_gradients(
     """
     sketches = [_Sketch(place) for place in {id(place.adapter): place for place in places(module)}.values()]
     for _ in range(PASSES):
-        _one_pass(sketches, losses)
+        with reading_plain(module):
+            _one_pass(sketches, losses)
         for sketch in sketches:
             sketch.turn(reduce)
     for sketch in sketches:

@@ -18,7 +18,7 @@ from lightning_lora.checkpoint import read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError, warn
-from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, reading_plain, show_adapters
+from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, show_adapters
 from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
 from lightning_lora.injection.inject import (
     INJECTED_BY_CALLBACK,
@@ -164,8 +164,6 @@ class Run:
                 "on_fit_start": self.on_fit_start,
                 "on_train_start": self.on_train_start,
             }
-            if _compat.is_compiled(self.module):  # torch's compiler breaks in `log` in any case, and may fail in it
-                hooks["log"] = torch.compiler.disable(lambda original, *args, **kwargs: original(*args, **kwargs))
             if self.hides:
                 hooks["zero_grad"] = self.on_zero_grad
                 hooks["configure_gradient_clipping"] = self.on_clip
@@ -233,11 +231,6 @@ class Run:
                     f"{type(module).__name__} has adapters from an earlier `inject` with other options than the"
                     f" callback: {difference}. Give both the same."
                 )
-        if self.callback.checkpoint == "adapter" and self.options.gradient != "factored":
-            raise LoRAError(
-                f"`checkpoint='adapter'` needs frozen weights, and with `gradient={self.options.gradient!r}` they hold"
-                " their increments. Use `checkpoint='merged'`, or `gradient='factored'`."
-            )
 
     def on_load_checkpoint(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Give the module, which loads its weights next, W0 in the place of merged weights.
@@ -355,10 +348,11 @@ class Run:
         if self.options.init == "gradient" and trainer.global_step == 0:
             self.hooks.wrap("log", lambda *_, **__: None)  # what is logged now is of no batch of the run
             try:
-                with reading_plain(module):
-                    start_from_gradients(module, first_losses(trainer, module, PASSES), trainer.strategy.reduce)
+                start_from_gradients(module, first_losses(trainer, module, PASSES), trainer.strategy.reduce)
             finally:
                 self.hooks.unwrap("log")
+        if _compat.is_compiled(module):  # torch's compiler breaks in `log` in any case, and may fail in it
+            self.hooks.wrap("log", torch.compiler.disable(lambda original, *args, **kwargs: original(*args, **kwargs)))
         if not self.handles:
             factors = {p for adapter in adapters(module).values() for p in adapter.trained.values()}
             self.handles = [

@@ -82,6 +82,15 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
                 )
 
 
+def refuse_held_weights(options: Options, form: str) -> None:
+    """Refuse files of adapters alone where the weights beside them hold the increments."""
+    if form == "adapter" and options.gradient != "factored":
+        raise LoRAError(
+            f"`checkpoint='adapter'` needs frozen weights, and with `gradient={options.gradient!r}` they hold their"
+            " increments. Use `checkpoint='merged'`, or `gradient='factored'`."
+        )
+
+
 def refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: str) -> None:
     """Refuses what is not done to weights of which every process has a part."""
     name = type(strategy).__name__
