@@ -127,3 +127,9 @@ def average_model(callback: Any) -> Any:
 def combined_loader_mode(trainer: Any) -> Any:
     """Return how the fit loop combines several loaders; Lightning's default where it does not tell."""
     return getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")
+
+
+def find_buffers_again(module: Any) -> None:
+    """Have DistributedDataParallel, which remembers that there were buffers to synchronise, look which there are now."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and hasattr(module, "_assign_modules_buffers"):
+        module._assign_modules_buffers()

@@ -335,6 +335,7 @@ class Run:
         """
         if self.hides and not self.is_sharded:
             hide_adapters(self.module)
+            _compat.find_buffers_again(self.trainer.strategy.model)
 
     def on_train_start(self, original: Callable[[], Any]) -> None:
         """Have weights that hold their increments follow the optimizers.
