@@ -130,6 +130,6 @@ def combined_loader_mode(trainer: Any) -> Any:
 
 
 def find_buffers_again(module: Any) -> None:
-    """Have DistributedDataParallel, which remembers that there were buffers to synchronise, look which there are now."""
+    """Have DistributedDataParallel, which remembers whether there were buffers to synchronise, look for them anew."""
     if isinstance(module, nn.parallel.DistributedDataParallel) and hasattr(module, "_assign_modules_buffers"):
         module._assign_modules_buffers()
