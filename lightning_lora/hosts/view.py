@@ -66,8 +66,9 @@ def merging_for_file(module: nn.Module, writes: bool) -> Iterator[None]:
     for host in hosts(module):
         for name, adapter in host.adapted().items():
             adapter.saving = merged
-            if not writes:
-                merged[adapter] = host._parameters[name].detach()
+            weight = host._parameters[name]
+            if not writes and weight is not None:
+                merged[adapter] = weight.detach()
     try:
         yield
     finally:
