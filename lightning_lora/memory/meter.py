@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_lora import _compat
@@ -88,7 +89,8 @@ class MemoryMeter:
             known.setdefault(place.weight, next(known[p] for p in place.adapter.trained.values() if p in known))
         default = next(iter(known.values()))
         lora, full, reached, notes = self._activations()
-        trained = [p for p in trained_without(self._module).values() if reached is None or p in reached]
+        present = [p for p in trained_without(self._module).values() if not is_lazy(p)]
+        trained = [p for p in present if reached is None or p in reached]
         if self._stepped.issuperset(self._optimizers):
             state, derived = measured_nbytes(self._optimizers), ["optimizer"] * 0
         else:
