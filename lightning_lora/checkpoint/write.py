@@ -43,7 +43,7 @@ def describe(
         if place.name not in idle:
             # to gather the weight costs, and only a decomposition with a gain reads it
             weight = sharded.whole(place.weight) if place.adapter.rescales else place.weight
-            adapters[place.name] = _detached(place.adapter.whole().state(weight))
+            adapters[place.name] = detached(place.adapter.whole().state(weight))
         if not place.adapter.holds and place.key not in stored:
             shard = sharded.part(place.weight)
             full = None if shard is None else (lambda weight=place.weight: sharded.whole(weight))
@@ -66,7 +66,7 @@ def describe(
     }
 
 
-def _detached(entry: State) -> State:
+def detached(entry: State) -> State:
     """Return ``entry`` with tensors that no later step can change: a writer may work in the background."""
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
 

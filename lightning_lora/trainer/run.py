@@ -425,12 +425,10 @@ class Run:
             for place in places(module):
                 getattr(place.adapter, "check_followed", lambda: None)()
             payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
-            state = checkpoint["state_dict"]
             if sharded.is_sharded(module):
-                checkpoint["state_dict"] = write.merged_shards(state, module, payload)
+                checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, payload)
             else:
-                self.averages.save(checkpoint, payload)
-                write.make_plain(state, payload, storages(module), module)
+                self.averages.save(checkpoint, payload, module)
             checkpoint[KEY] = payload
             self._tell_rewritten()
         original(checkpoint)
