@@ -224,9 +224,10 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
         )
     idle = set(payload.get("idle", ()))
     if new := [name for name in here if name not in saved and name not in idle]:
+        old = " In version 0.1.0 the default was `target_modules='all-linear'`." if payload["version"] == 1 else ""
         raise LoRAError(
             f"This run adapts {_listed(new)}, for which the checkpoint has no adapters. Give the callback the options"
-            " of the run that was saved."
+            f" of the run that was saved.{old}"
         )
     for name, entry in saved.items():
         given = here[name]
