@@ -10,6 +10,7 @@
               is not trained is left out
     trained   keys in state_dict of the base's parameters that are trained in full
     idle      names of adapters that no optimizer trains, from version 2 on: they are zero and left out
+    average   beside a callback that averages weights: what `adapters` holds, of the average
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
               file that has it dequantised
@@ -73,6 +74,8 @@ def check_format(payload: Any) -> None:
             raise _malformed(f"{name!r} is drawn anew and its weight in `base`")
         if not frozen and payload["form"] != "merged":
             raise _malformed(f"`base` has no weight for {name!r}")
+    if "average" in payload and not _is_average(payload["average"], payload["adapters"]):
+        raise _malformed("`average` holds no adapters like those in `adapters`")
     for key, expected in payload["base"].items():
         dtype = dtype_of(expected) if isinstance(expected, str) else None
         if dtype is None or (is_quantized(expected) and dtype not in NUMBERS):
@@ -160,6 +163,26 @@ def _fits_together(entry: Mapping[str, Any]) -> bool:
         return "A" not in sides or Adapter.from_state(entry) is not None
     except (ValueError, KeyError):  # no such rank; names that no parameter can have
         return False
+
+
+def _is_average(average: Any, adapters: Mapping[str, Any]) -> bool:
+    """Return whether ``average`` has an adapter like each of ``adapters``, which have been checked."""
+    if not isinstance(average, Mapping) or average.keys() != adapters.keys():
+        return False
+    pairs = ((average[name], entry) for name, entry in adapters.items())
+    return all(
+        isinstance(mine, Mapping)
+        and mine.keys() == entry.keys()
+        and all(_is_alike(mine[field], value) for field, value in entry.items())
+        for mine, entry in pairs
+    )
+
+
+def _is_alike(value: Any, other: Any) -> bool:
+    """Return whether two values are equal, or tensors of one shape and dtype."""
+    if isinstance(other, Tensor):
+        return _is_number(value) and value.shape == other.shape and value.dtype == other.dtype
+    return type(value) is type(other) and value == other
 
 
 def weight_key(name: str, state: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint.fingerprints import fingerprint
@@ -71,9 +72,12 @@ def _hold_again(state: State, place: Place, entry: State) -> None:
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of ``module`` by their keys, not by a ``state_dict()`` of the user's own."""
+    """Return the parameters and buffers of ``module`` by their keys, not by a ``state_dict()`` of the user's own.
+
+    Lazy ones have no values yet and are left out.
+    """
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {state_key(name): tensor.detach() for name, tensor in named}
+    return {state_key(name): tensor.detach() for name, tensor in named if not is_lazy(tensor)}
 
 
 @torch.no_grad()
@@ -220,9 +224,10 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
         )
     idle = set(payload.get("idle", ()))
     if new := [name for name in here if name not in saved and name not in idle]:
+        old = " In version 0.1.0 the default was `target_modules='all-linear'`." if payload["version"] == 1 else ""
         raise LoRAError(
             f"This run adapts {_listed(new)}, for which the checkpoint has no adapters. Give the callback the options"
-            " of the run that was saved."
+            f" of the run that was saved.{old}"
         )
     for name, entry in saved.items():
         given = here[name]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
@@ -42,7 +43,7 @@ def describe(
         if place.name not in idle:
             # to gather the weight costs, and only a decomposition with a gain reads it
             weight = sharded.whole(place.weight) if place.adapter.rescales else place.weight
-            adapters[place.name] = _detached(place.adapter.whole().state(weight))
+            adapters[place.name] = detached(place.adapter.whole().state(weight))
         if not place.adapter.holds and place.key not in stored:
             shard = sharded.part(place.weight)
             full = None if shard is None else (lambda weight=place.weight: sharded.whole(weight))
@@ -51,7 +52,7 @@ def describe(
     if form == "adapter":
         named = module.named_parameters(remove_duplicate=False)
         factors = {p for place in places(module) for p in place.adapter.parameters()}
-        others = {state_key(name): p for name, p in named if p not in factors}
+        others = {state_key(name): p for name, p in named if p not in factors and not is_lazy(p)}
         base |= {key: fingerprints.of(key, p) for key, p in others.items() if key not in {*trained, *base, *stored}}
     base |= {key: fingerprints.of(key, layer.weight, stored=layer) for key, layer in stored.items()}
     return {
@@ -65,7 +66,7 @@ def describe(
     }
 
 
-def _detached(entry: State) -> State:
+def detached(entry: State) -> State:
     """Return ``entry`` with tensors that no later step can change: a writer may work in the background."""
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
 
@@ -94,10 +95,10 @@ def make_plain(state: State, payload: State, stored: Mapping[str, Storage], modu
 
 
 def missing_weights(state: Mapping[str, Any], payload: State) -> list[str]:
-    """Return the names of adapters whose weights are not in ``state``, which should have them."""
-    if payload["form"] == "adapter":
-        return []
-    return [name for name in payload["adapters"] if weight_key(name, state) not in state]
+    """Return what is not in ``state`` and should be: adapters' names, for their weights, and keys that were trained."""
+    adapted = payload["adapters"] if payload["form"] == "merged" else ()
+    absent = [name for name in adapted if weight_key(name, state) not in state]
+    return absent + [key for key in payload["trained"] if key not in state]
 
 
 def merged_shards(state: State, module: nn.Module, payload: State) -> State:

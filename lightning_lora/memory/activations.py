@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -37,8 +38,12 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """Return the storages of ``tensors`` by address: shared ones once, packed ones as they are packed."""
-    found = (plain.untyped_storage() for tensor in tensors for plain in plain_tensors(tensor))
+    """Return the storages of ``tensors`` by address: shared ones once, packed ones as they are packed.
+
+    Lazy parameters have none yet.
+    """
+    present = (tensor for tensor in tensors if not is_lazy(tensor))
+    found = (plain.untyped_storage() for tensor in present for plain in plain_tensors(tensor))
     return {storage._cdata: storage for storage in found}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_lora import _compat
@@ -98,7 +99,8 @@ class MemoryMeter:
             owner = next((own[p] for p in place.adapter.trained.values() if p in own), default)
             known.setdefault(place.weight, owner)
         lora, full, reached, notes = self._activations()
-        trained = [p for p in trained_without(self._module).values() if reached is None or p in reached]
+        present = [p for p in trained_without(self._module).values() if not is_lazy(p)]
+        trained = [p for p in present if reached is None or p in reached]
         derived = ["optimizer"] * (not self._stepped.issuperset(self._optimizers))
         state: int | None = measured_nbytes(self._optimizers)
         if derived:

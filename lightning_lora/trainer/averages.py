@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_lora._compat import average_model
-from lightning_lora.checkpoint import read
+from lightning_lora.checkpoint import read, write
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError
 from lightning_lora.hosts.view import present_merged
@@ -22,6 +22,7 @@ from lightning_lora.injection.inject import adapters, places
 from lightning_lora.injection.options import Options
 from lightning_lora.trainer.instance_hooks import InstanceHooks
 from lightning_lora.trainer.namespaces import WEIGHT_AVERAGING, is_a
+from lightning_lora.weights.quantized import storages
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -76,26 +77,33 @@ class Averages:
     def _average(self) -> Any:
         return average_model(self._callback)
 
-    def save(self, checkpoint: dict[str, Any], payload: State) -> None:
-        """Add the adapters of the average to ``payload``, where ``checkpoint`` holds it."""
-        if self._callback is not None and CURRENT in checkpoint:
-            found = {place.name: place for place in places(self._average().module)}
-            payload["average"] = {name: place.adapter.state(place.weight) for name, place in found.items()}
+    def save(self, checkpoint: dict[str, Any], payload: State, module: nn.Module) -> None:
+        """Make the state dicts in ``checkpoint`` plain, and add the adapters of the average to ``payload``."""
+        if self._callback is None or CURRENT not in checkpoint:
+            write.make_plain(checkpoint["state_dict"], payload, storages(module), module)
+            return
+        average = self._average().module
+        write.make_plain(checkpoint["state_dict"], payload, storages(average), average)
+        write.make_plain(checkpoint[CURRENT], payload, storages(module), module)
+        found = {place.name: place for place in places(average)}
+        payload["average"] = {name: write.detached(place.adapter.state(place.weight)) for name, place in found.items()}
 
     def prepare_for_loading(self, checkpoint: dict[str, Any], module: nn.Module, exact: bool, merged: Any) -> None:
         """Prepare ``checkpoint`` for :func:`read.prepare_for_loading`'s purpose, both of its state dicts."""
-        payload = checkpoint.get(KEY)
-        averaged = checkpoint.get("state_dict")
-        has_both = isinstance(payload, dict) and "average" in payload and CURRENT in checkpoint and adapters(module)
-        if has_both:
-            checkpoint["state_dict"] = checkpoint[CURRENT]
+        payload, averaged = checkpoint.get(KEY), checkpoint.get("state_dict")
+        if (
+            not (isinstance(payload, dict) and "average" in payload and isinstance(averaged, dict))
+            or CURRENT not in checkpoint
+            or not adapters(module)
+        ):
+            read.prepare_for_loading(checkpoint, module, exact, merged)
+            return
+        checkpoint["state_dict"] = checkpoint[CURRENT]
         read.prepare_for_loading(checkpoint, module, exact, merged)
-        if has_both and self._callback is not None:
-            assert isinstance(payload, dict)
-            assert isinstance(averaged, dict)
+        if self._callback is not None:
             checkpoint[CURRENT] = current = checkpoint["state_dict"]
             frozen = {place.key: current[place.key] for place in places(module) if place.key in current}
-            checkpoint["state_dict"] = {**averaged, **frozen}
+            checkpoint["state_dict"] = {**current, **averaged, **frozen}  # a file of adapters lacks what is frozen
             self._entries = payload["average"]
 
     def restore(self) -> None:

@@ -295,11 +295,16 @@ class Run:
 
     def _frozen(self) -> dict[Tensor, str]:
         """Return the frozen weights that leave the optimizers: not those that the resumed run has unfrozen."""
-        unfrozen = set(self.payload["trained"]) if self.payload is not None else set()
-        adapted = {place.weight for place in places(self.module)}
+        unfrozen = self._unfrozen_before()
         frozen = frozen_weights(self.module)
         frozen |= {layer.weight: key for key, layer in storages(self.module).items()}  # which nothing can train
-        return {p: name for p, name in frozen.items() if p in adapted or name not in unfrozen}
+        return {p: name for p, name in frozen.items() if p not in unfrozen}
+
+    def _unfrozen_before(self) -> set[Tensor]:
+        """Return the weights without an adapter that the module's own code had unfrozen in the run that is resumed."""
+        trained = set(self.payload["trained"]) if self.payload is not None else set()
+        adapted = {place.weight for place in places(self.module)}
+        return {p for p, name in frozen_weights(self.module).items() if name in trained and p not in adapted}
 
     def _set_idle_aside(self, optimizers: list[Any]) -> None:
         """Take out the adapters whose weights no optimizer had: full fine-tuning would not have trained them.
@@ -323,8 +328,10 @@ class Run:
         )
 
     def on_fit_start(self, original: Callable[[], Any]) -> None:
-        """Show the user's code the plain model from here on."""
+        """Show the user's code the plain model from here on; what was trained in the file's run is trained again."""
         self.averages.restore()
+        for p in self._unfrozen_before():
+            p.requires_grad_(True)
         self.hide()
         original()
 
@@ -416,16 +423,15 @@ class Run:
             for place in places(module):
                 getattr(place.adapter, "check_followed", lambda: None)()
             payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
-            state = checkpoint["state_dict"]
             if sharded.is_sharded(module):
-                checkpoint["state_dict"] = write.merged_shards(state, module, payload)
+                checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, payload)
             else:
-                self.averages.save(checkpoint, payload)
-                write.make_plain(state, payload, storages(module), module)
-                self._tell_incomplete(write.missing_weights(state, payload))
+                self.averages.save(checkpoint, payload, module)
             checkpoint[KEY] = payload
             self._tell_rewritten()
         original(checkpoint)
+        if KEY in checkpoint and not sharded.is_sharded(module):
+            self._tell_incomplete(write.missing_weights(checkpoint.get("state_dict", {}), checkpoint[KEY]))
 
     def _tell_incomplete(self, missing: list[str]) -> None:
         if missing and not self._told_incomplete:
@@ -433,7 +439,7 @@ class Run:
             warn(
                 f"`state_dict()` of {type(self.module).__name__}, or a callback, leaves out the weights of"
                 f" {support.listed(missing)}, so the file is no whole model. It resumes this run, on the same"
-                " pretrained weights."
+                f" pretrained weights{', up to rounding' if self.hides else ''}."
             )
 
     def _tell_rewritten(self) -> None:
