@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.adapters import draws, initial
+from lightning_lora.errors import LoRAError
 from lightning_lora.weights import sharded as shards
 from lightning_lora.weights.rounding import round_stochastically
 
@@ -115,6 +117,9 @@ class Adapter(nn.Module):
         """Share of the entries moved by the last step that rounding to the nearest would have left where they were;
         known for weights below float32 whose factors are drawn anew."""
         self.fixed: tuple[str, ...] = ()
+        self._followed: dict[int, int] = {}
+        """Versions of the trained tensors, by their ids, of which the weight holds the increment; a copy's are others,
+        and nothing is known of them."""
         self.remembered: collections.deque[Snapshot] = collections.deque(maxlen=4)
         """The last states that were given to others merged, for when they are loaded back."""
 
@@ -147,6 +152,7 @@ class Adapter(nn.Module):
         adapter = cls(A, B, weight.shape, key=f"{seed}/{name}", **kwargs)
         with torch.no_grad():
             adapter.start(weight, init)
+        adapter.set_followed()
         return adapter
 
     def start(self, weight: Tensor, init: str) -> None:
@@ -172,6 +178,7 @@ class Adapter(nn.Module):
                 self._clear_padding(factor)
             setattr(self, f"{name}0", nn.Parameter(factor.detach().clone()))
         self.fix("A0", "B0")
+        self.set_followed()
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -190,6 +197,7 @@ class Adapter(nn.Module):
         self._clear_padding(self.A)
         if self.resample == "A":
             self.fix("A")
+        self.set_followed()
 
     def _clear_padding(self, A: Tensor) -> None:
         if self.padding_idx is not None:
@@ -342,6 +350,23 @@ class Adapter(nn.Module):
             if work is not weight:
                 self._write(weight, work, rows)
 
+    def set_followed(self) -> None:
+        """Take the weight, where it holds the increment, to hold that of the trained tensors as they are now."""
+        self._followed = {id(p): p._version for p in self.trained.values()} if self.holds else {}
+
+    def check_followed(self) -> None:
+        """Raise ``LoRAError`` if the weight is to hold the increment and A or B were written since it last did.
+
+        Processes of a group may write to each other's tensors, so there nothing can be told.
+        """
+        stale = any(self._followed.get(id(p), p._version) != p._version for p in self.trained.values())
+        if stale and not (dist.is_available() and dist.is_initialized()):
+            raise LoRAError(
+                f"The adapter of {self.key.partition('/')[2]!r} was changed, and its weight, which holds the increment,"
+                " did not follow. Call `lightning_lora.attach(module, optimizer)` before the first step and let that"
+                " optimizer alone change A and B; or use `gradient='factored'`, in which nothing has to follow."
+            )
+
     @property
     def has_rows(self) -> bool:
         """Whether :meth:`follow` can take some rows of a weight, for which it takes these rows' factors alone."""
@@ -440,6 +465,7 @@ class Adapter(nn.Module):
         own = self.state_dict()
         for name, value in tensors.items():
             own[name].copy_(value)
+        self.set_followed()
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Adapter:
@@ -461,6 +487,7 @@ class Adapter(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not self.presents_merged or any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self.set_followed()
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Refuse to be called."""
