@@ -230,12 +230,11 @@ class Follower:
         if self.options.lr_ratio is not None:
             self.adapter.B.copy_(self._B + self.options.lr_ratio * (self.adapter.B - self._B))
         if self.place.host.holds_increment:
+            self.adapter.steps += 1
             A, B = self._before
             follow_step(self.adapter, self.place.weight, A, B)
-        if (every := self.options.resample_every_n_steps) is not None:
-            self.adapter.steps += 1
-            if self.adapter.steps % every == 0:
-                draw_anew(self.adapter, optimizer, self.options.resample_moments)
+        if (every := self.options.resample_every_n_steps) is not None and self.adapter.steps % every == 0:
+            draw_anew(self.adapter, optimizer, self.options.resample_moments)
         self._before = ()
 
 
