@@ -467,6 +467,6 @@ def test_early_stopping_with_check_finite_stops_at_a_loss_that_is_not_a_number(g
 def test_stochastic_rounding_makes_no_number_of_what_is_none_and_nothing_infinite_that_is_not(dtype):
     largest = torch.finfo(dtype).max
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), largest, -largest, 0.0]).repeat(2000)
-    rounded = round_stochastically(x, dtype, torch.Generator().manual_seed(0)).float()
+    rounded = round_stochastically(x, dtype, (0, 0)).float()
     assert torch.equal(rounded.isnan(), x.isnan())
     assert torch.equal(rounded[~x.isnan()], x[~x.isnan()])

@@ -21,6 +21,7 @@ from lightning_lora import Adapter, adapters, attach, inject, merge
 from lightning_lora.adapters.draws import generator
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import places
+from lightning_lora.weights.counter import key
 from lightning_lora.weights.rounding import round_stochastically
 
 GRADIENTS = ["factored", "merged", "projected"]
@@ -564,7 +565,7 @@ def test_stochastic_rounding_gives_a_neighbour_and_is_right_on_average(dtype):
     """z of the mean over 4000 draws stays below 4.9 in each of 200 entries: a false alarm in 5000 runs."""
     values = torch.randn(200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 200)
     values = torch.cat([values, torch.tensor([0.0, 1.0, -2.0])])
-    draws = torch.stack([round_stochastically(values, dtype, generator("test", str(i))).float() for i in range(4000)])
+    draws = torch.stack([round_stochastically(values, dtype, key("test", i)).float() for i in range(4000)])
     assert (draws.unique(dim=0).amax(0) - draws.amin(0) <= 2 * torch.finfo(dtype).eps * values.abs()).all()
     deviation = draws.std(0)
     exact = deviation == 0

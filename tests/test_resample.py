@@ -279,7 +279,7 @@ def test_the_noise_of_a_one_sided_update_is_what_the_docs_say(rank):
 
 
 def test_these_tests_would_see_another_c():
-    seen, G = updates(1200, resample="both", rank=4), full_gradient().flatten()
+    seen, G = updates(2500, resample="both", rank=4), full_gradient().flatten()
     for wrong in (1.0, 1.9, 2.1):
         with pytest.raises(AssertionError):
             check_mean(seen, wrong * G)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.adapters import draws, initial
+from lightning_lora.errors import LoRAError
+from lightning_lora.weights import counter
 from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.full_precision import full_precision
 from lightning_lora.weights.rounding import round_stochastically
+
+_PART_ON_CPU, _PART = 2**17, 2**26
+"""How many entries of a weight are rounded at a time, on the CPU and elsewhere."""
 
 DECOMPOSITIONS: dict[str, type[Adapter]] = {}
 """Name of a decomposition -> its class."""
@@ -110,13 +118,16 @@ class Adapter(nn.Module):
         self.resample = resample
         self.padding_idx = padding_idx
         self.steps = 0
-        """Optimizer steps taken; not counted unless factors are drawn anew."""
+        """How often the weight, where it holds the increment, has followed a step."""
         self.drawn_at = 0
         """How many there were at the last draw."""
         self.lost: Tensor | None = None
         """Share of the entries moved by the last step that rounding to the nearest would have left where they were;
         known for weights below float32 whose factors are drawn anew."""
         self.fixed: tuple[str, ...] = ()
+        self._followed: dict[int, int] = {}
+        """Versions of the trained tensors, by their ids, of which the weight holds the increment; a copy's are others,
+        and nothing is known of them."""
         self.remembered: collections.deque[Snapshot] = collections.deque(maxlen=4)
         """The last states that were given to others merged, for when they are loaded back."""
 
@@ -149,8 +160,10 @@ class Adapter(nn.Module):
         adapter = cls(A, B, weight.shape, key=f"{seed}/{name}", **kwargs)
         with torch.no_grad():
             adapter.start(weight, init)
+        adapter.set_followed()
         return adapter
 
+    @full_precision()
     def start(self, weight: Tensor, init: str) -> None:
         """Sets the factors, which are zero, for the pretrained ``weight``; further parameters can be made here."""
         if self.resample is not None:
@@ -174,6 +187,7 @@ class Adapter(nn.Module):
                 self._clear_padding(factor)
             setattr(self, f"{name}0", nn.Parameter(factor.detach().clone()))
         self.fix("A0", "B0")
+        self.set_followed()
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -182,16 +196,17 @@ class Adapter(nn.Module):
         Entries ~ N(0, 1/r), so that E[A^T A] = I and E[B^T B] = I at any rank (seed, "Random Projection"). Where only A
         is drawn, B is zero.
         """
-        generator = draws.generator(self.key, str(self.drawn_at))
         std = self.rank**-0.5
-        for factor in (self.A, self.B):
-            drawn = torch.zeros(factor.shape, dtype=torch.float32, device="cpu")
-            if factor is self.A or self.resample == "both":
-                drawn.normal_(0, std, generator=generator)
-            factor.copy_(drawn)
+        for name, factor in (("A", self.A), ("B", self.B)):
+            if name == "A" or self.resample == "both":
+                key = counter.key(self.key, "draw", self.drawn_at, name)
+                factor.copy_(draws.normal(key, factor.shape, factor.device).mul_(std))
+            else:
+                factor.zero_()
         self._clear_padding(self.A)
         if self.resample == "A":
             self.fix("A")
+        self.set_followed()
 
     def _clear_padding(self, A: Tensor) -> None:
         if self.padding_idx is not None:
@@ -276,6 +291,7 @@ class Adapter(nn.Module):
         return matrix.mT if self.transposed else matrix
 
     @torch.no_grad()
+    @full_precision()
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The increment in the weight's layout and shape, at least in ``dtype``.
 
@@ -300,6 +316,7 @@ class Adapter(nn.Module):
         return gain.unsqueeze(-2) if self.transposed else gain.view(*gain.shape, *(1 for _ in self.shape[gain.dim() :]))
 
     @torch.no_grad()
+    @full_precision()
     def folded_into(self, weight: Tensor) -> Tensor:
         """W = W0 + delta in the dtype of W0, rounded once from at least float32; W0 itself where delta is zero."""
         if self._is_zero():
@@ -308,6 +325,7 @@ class Adapter(nn.Module):
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     @torch.no_grad()
+    @full_precision()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
         """W0 = W - delta in the dtype of W, and a bound of every entry's error if W is what ``folded_into`` gave.
 
@@ -327,22 +345,55 @@ class Adapter(nn.Module):
         return tuple(factor.detach().clone() for factor in self.factors())
 
     @torch.no_grad()
+    @full_precision()
     def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
         """Takes ``weight``, which holds the increment of ``A`` and ``B``, to that of the factors as they are now.
 
-        A weight below float32 would lose every update smaller than half an ulp: it is rounded stochastically, by draws
-        that depend on ``key`` and the new values of what is trained alone; and on ``rows``, if given, which are those
-        of the whole weight that ``weight`` is.
+        A weight below float32 would lose every update smaller than half an ulp: it is rounded stochastically, by random
+        bits that depend on ``key``, the number of the step and the place of the entry alone. ``rows``, if given, are
+        those of the whole weight that ``weight`` is.
         """
         after = self.factors()
-        if not torch.equal(A, after[0]) or not torch.equal(B, after[1]):
-            dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
-            work = weight if weight.dtype == dtype and weight.is_contiguous() else weight.to(dtype).contiguous()
-            factors = (*self.of_rows(rows, A, B), *self.of_rows(rows, *after))
-            with torch.autocast(weight.device.type, enabled=False):  # which is on in a manual optimization's step
+        dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
+        counts = []
+        with torch.autocast(weight.device.type, enabled=False):  # which is on in a manual optimization's step
+            for part, own in self._parts(weight, rows):
+                work = part if part.dtype == dtype and part.is_contiguous() else part.to(dtype).contiguous()
+                factors = (*self.of_rows(own, A, B), *self.of_rows(own, *after))
                 self.add_step(self.as_matrix(work), *(factor.to(dtype) for factor in factors))
-            if work is not weight:
-                self._write(weight, work, rows)
+                if work is not part:
+                    counts += self._write(part, work, own)
+        if counts:
+            kept, moved = torch.stack(counts).sum(0)
+            self.lost = kept / moved.clamp_min(1)
+
+    def _parts(self, weight: Tensor, rows: slice | None) -> Iterator[tuple[Tensor, slice | None]]:
+        """``weight``, in parts where it is rounded: what they take besides is small, and stays in the CPU's cache."""
+        each = _rows_at_a_time(weight)
+        if not self.has_rows or weight.dtype.itemsize >= 4 or each >= len(weight):
+            yield weight, rows
+            return
+        first = 0 if rows is None else rows.start
+        for start in range(0, len(weight), each):
+            part = weight[start : start + each]
+            yield part, slice(first + start, first + start + len(part))
+
+    def set_followed(self) -> None:
+        """Take the weight, where it holds the increment, to hold that of the trained tensors as they are now."""
+        self._followed = {id(p): p._version for p in self.trained.values()} if self.holds else {}
+
+    def check_followed(self) -> None:
+        """Raise ``LoRAError`` if the weight is to hold the increment and A or B were written since it last did.
+
+        Processes of a group may write to each other's tensors, so there nothing can be told.
+        """
+        stale = any(self._followed.get(id(p), p._version) != p._version for p in self.trained.values())
+        if stale and not (dist.is_available() and dist.is_initialized()):
+            raise LoRAError(
+                f"The adapter of {self.key.partition('/')[2]!r} was changed, and its weight, which holds the increment,"
+                " did not follow. Call `lightning_lora.attach(module, optimizer)` before the first step and let that"
+                " optimizer alone change A and B; or use `gradient='factored'`, in which nothing has to follow."
+            )
 
     @property
     def has_rows(self) -> bool:
@@ -358,15 +409,28 @@ class Adapter(nn.Module):
             return A[rows], B[rows]
         return (A[:, rows], B) if self.transposed else (A, B[:, rows])
 
-    def _write(self, weight: Tensor, value: Tensor, rows: slice | None = None) -> None:
-        if weight.dtype.itemsize < 4:
-            first = () if rows is None else (str(rows.start),)
-            generator = draws.generator(self.key, *first, *(draws.digest(p) for p in self.trained.values()))
+    def _write(self, weight: Tensor, value: Tensor, rows: slice | None = None) -> list[Tensor]:
+        """Writes ``value``, rounded, into ``weight``, which is ``rows`` of the whole one.
+
+        Returns:
+            Where factors are drawn anew, (2,): how many entries rounding to the nearest would have left where they
+            were, of how many that moved.
+        """
+        if weight.dtype.itemsize >= 4:
+            weight.copy_(value)
+            return []
+        key = counter.key(self.key, "round", self.steps)
+        first = 0 if rows is None else rows.start * math.prod(weight.shape[1:])
+        each, counts = _rows_at_a_time(weight), []
+        for part, new in zip(weight.split(each), value.split(each), strict=True):
+            rounded = round_stochastically(new, part.dtype, key, first)
             if self.resample is not None:
-                moved = value != weight
-                self.lost = (moved & (value.to(weight.dtype) == weight)).sum() / moved.sum().clamp_min(1)
-            value = round_stochastically(value.float(), weight.dtype, generator)
-        weight.copy_(value)
+                moved = new != part
+                kept = moved & (new.to(part.dtype) == part)
+                counts.append(torch.stack([kept.sum(), moved.sum()]))
+            part.copy_(rounded)
+            first += part.numel()
+        return counts
 
     # ------------------------------------------------------------------------------------------------------- states
 
@@ -417,11 +481,19 @@ class Adapter(nn.Module):
             "drawn_at": self.drawn_at,
         }
 
-    def resume(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of ``state``, which was taken of an adapter like this; this one counts its steps from there."""
+    @torch.no_grad()
+    def resume(self, state: Mapping[str, Any], version: int) -> dict[str, Tensor]:
+        """The tensors of ``state``, which was taken of an adapter like this; this one counts its steps from there.
+
+        ``version`` is the format of the file: until 2, what is left out of it was drawn by another generator.
+        """
         self.steps, self.drawn_at = state["steps"], state["drawn_at"]
         if self.resample == "A":
             self.draw()
+            if version <= 2:
+                drawn = draws.normal_of_format_2(self.key, self.drawn_at, self.A.shape, self.rank**-0.5)
+                self.load_tensors({"A": drawn})
+                self._clear_padding(self.A)
         return {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
 
     def remember(self, weight: str) -> None:
@@ -442,6 +514,7 @@ class Adapter(nn.Module):
         own = self.state_dict()
         for name, value in tensors.items():
             own[name].copy_(value)
+        self.set_followed()
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Adapter:
@@ -463,6 +536,7 @@ class Adapter(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not self.presents_merged or any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self.set_followed()
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Refuse to be called."""
@@ -486,6 +560,11 @@ class Adapter(nn.Module):
 
 
 DECOMPOSITIONS[Adapter.decomposition] = Adapter
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    """How many rows of ``weight`` are rounded at a time."""
+    return max(1, (_PART_ON_CPU if weight.device.type == "cpu" else _PART) // max(1, math.prod(weight.shape[1:])))
 
 
 def _bound(weight: Tensor, base: Tensor, dtype: torch.dtype) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters.adapter import Adapter, _bound
+from lightning_lora.weights.full_precision import full_precision
 
 
 class DoRA(Adapter, decomposition="dora"):
@@ -53,6 +54,7 @@ class DoRA(Adapter, decomposition="dora"):
             return (torch.linalg.vector_norm(W0, dim=-1).square() + (cross * B).sum(-2)).clamp_min(0).sqrt()
 
     @torch.no_grad()
+    @full_precision()
     def folded_into(self, weight: Tensor) -> Tensor:
         """W = gain (W0 + delta) in the dtype of W0, rounded once; W0 itself where that is what it comes to."""
         gain = self._over(self._norms(self.as_matrix(weight)))
@@ -62,6 +64,7 @@ class DoRA(Adapter, decomposition="dora"):
         return ((weight.to(delta.dtype) + delta) * self.by_rows(gain)).to(weight.dtype)
 
     @torch.no_grad()
+    @full_precision()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
         """W0 = W / gain - delta, with the bound of a sum, over the smallest gain."""
         delta = self.delta_weight(self.held_gain.dtype)
@@ -70,6 +73,7 @@ class DoRA(Adapter, decomposition="dora"):
         return base, 2 * _bound(weight, base, delta.dtype) / smallest
 
     @torch.no_grad()
+    @full_precision()
     def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
         """V is the weight over the gain that it holds; with V' a step on, the weight is V' times the new gain."""
         dtype = torch.promote_types(self.held_gain.dtype, weight.dtype)

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_lora.weights import counter
+
 
 def generator(*key: str) -> torch.Generator:
-    """A CPU generator for ``key``, such as a seed and a layer's name.
+    """A CPU generator for ``key``, such as a seed and a layer's name: for what is drawn once, at the start.
 
-    Equal on every rank and in the run that resumes, whatever has used the global generator; another key gives
-    another stream, but for chance: torch seeds these generators with 32 bits.
+    Equal on every rank, whatever has used the global generator; another key gives another stream, but for chance: torch
+    seeds these generators with 32 bits.
     """
     hashed = hashlib.sha256("/".join(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(hashed[:8], "little", signed=True))
 
 
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of ``tensor``."""
-    data = tensor.detach().cpu().contiguous().view(-1)
-    if data.stride(0) != 1:  # one element may have any stride
-        data = data.clone(memory_format=torch.contiguous_format)
-    return hashlib.sha256(data.view(torch.uint8).numpy()).hexdigest()  # type: ignore[arg-type]
+def normal(key: counter.Key, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Entries ~ N(0, 1), float32, made on ``device`` from the key alone; between devices the last bit may differ.
+
+    The inverse of the normal distribution at the middles of 2^23 equal parts of (0, 1), which end at 5.3.
+    """
+    odd = (counter.words(key, 0, math.prod(shape), device) >> 9).mul_(2).add_(1)  # of 24 bits, which float32 has
+    return odd.to(torch.float32).mul_(2.0**-23).erfinv_().mul_(2**0.5).view(shape)
+
+
+def normal_of_format_2(key: str, drawn_at: int, shape: Sequence[int], std: float) -> Tensor:
+    """What N(0, std^2) was drawn as by the versions that wrote files of format 1 and 2."""
+    values = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    return values.normal_(0, std, generator=generator(key, str(drawn_at)))

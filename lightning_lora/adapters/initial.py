@@ -92,11 +92,15 @@ def _principal(
     weight: Tensor, rank: int, scale: float, niter: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if niter:
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-            torch.manual_seed(generator.initial_seed())  # it draws from the global generator
-            U, S, V = torch.svd_lowrank(weight, q=rank, niter=int(niter))
-        Vh = V.mT
+    if niter:  # Halko et al., algorithm 4.4, on the smaller side
+        tall = weight if weight.shape[-2] >= weight.shape[-1] else weight.mT
+        shape = (*tall.shape[:-2], tall.shape[-1], rank)
+        Q = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=generator).to(tall)
+        Q = torch.linalg.qr(tall @ Q).Q
+        for _ in range(int(niter)):
+            Q = torch.linalg.qr(tall @ torch.linalg.qr(tall.mT @ Q).Q).Q
+        U, S, Vh = torch.linalg.svd(Q.mT @ tall, full_matrices=False)
+        U, Vh = (Q @ U, Vh) if tall is weight else (Vh.mT, (Q @ U).mT)
     else:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     root = (S[..., :rank] / scale).sqrt()[..., None]

@@ -2,7 +2,7 @@
 
 ``checkpoint["lightning_lora"]`` holds tensors and primitives only::
 
-    version   of this format
+    version   of this format: until 2, a drawn A that is left out is of torch's generator, from 3 on of `counter.py`
     form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
     options   of the callback, to be read by people
     adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
@@ -35,7 +35,7 @@ from lightning_lora.injection.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMP
 from lightning_lora.weights.quantized import Storage, is_quantized
 
 KEY = "lightning_lora"
-VERSION = 2
+VERSION = 3
 NUMBERS = tuple(getattr(torch, dtype) for dtype in ADAPTER_DTYPES)
 """The dtypes of what is computed with."""
 

@@ -89,7 +89,7 @@ def restore_adapters(module: nn.Module, payload: State) -> None:
     for place in {id(place.adapter): place for place in places(module)}.values():
         if (entry := payload["adapters"].get(place.name)) is not None:
             with gathered(place.adapter) as whole:
-                whole.load_tensors(whole.resume(entry))
+                whole.load_tensors(whole.resume(entry, payload["version"]))
 
 
 def restore_shards(checkpoint: State, module: nn.Module, exact: bool, before: Mapping[str, Tensor]) -> None:

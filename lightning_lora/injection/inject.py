@@ -217,9 +217,13 @@ def merge(module: nn.Module) -> None:
 
     Raises:
         ValueError: If ``module`` has no adapters.
+        LoRAError: If a weight that holds its increment did not follow A and B, as after a forgotten
+            :func:`~lightning_lora.attach`.
     """
     if not adapters(module):
         raise ValueError(f"{type(module).__name__} has no adapters to merge.")
+    for adapter in adapters(module).values():
+        adapter.check_followed()
     sharded = shards.is_sharded(module)
     shards.reshard(module)
     found = list({id(place.adapter): place for place in places(module)}.values())

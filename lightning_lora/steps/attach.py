@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,18 +28,16 @@ _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weak
 class Handle:
     """Undoes :func:`attach`."""
 
-    def __init__(self, optimizer: Optimizer, followers: list[Follower], hooks: list[Any]) -> None:
-        self._optimizer = optimizer
-        self._followers = followers
+    def __init__(self, attached: _Attached, hooks: list[Any]) -> None:
+        self._attached = attached
         self._hooks = hooks
 
     def remove(self) -> None:
         """Takes the hooks off the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        for follower in self._followers:
-            _FOLLOWED[follower.adapter].discard(self._optimizer)
-        self._hooks, self._followers = [], []
+        self._attached.release()
+        self._hooks = []
 
 
 def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
@@ -74,38 +74,106 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
             f"{type(optimizer).__name__} has no adapter of {type(module).__name__}. Call `inject` first, and give the"
             " optimizer the parameters that require gradients."
         )
-    followers = [
-        Follower(place, options)
-        for place, options in _places_with_options(module)
-        if any(p in owned for p in place.adapter.trained.values())
-        and (place.host.holds_increment or options.lr_ratio is not None)
-    ]
-    for follower in followers:
-        follower.check(optimizer, owned)
-    if not followers:
-        return Handle(optimizer, [], [])
-    sharded = shards.is_sharded(module)
-    for follower in followers:
-        _FOLLOWED.setdefault(follower.adapter, weakref.WeakSet()).add(optimizer)
+    attached = _Attached(module, optimizer)
+    if not any(_has_consequences(place, options) for place, options in _places_with_options(module)):
+        return Handle(attached, [])
+    hooks = [optimizer.register_step_pre_hook(attached.before), optimizer.register_step_post_hook(attached.after)]
+    return Handle(attached, hooks)
 
-    def remember(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        shards.reshard(module)
-        for follower in followers:
-            follower.remember(optimizer)
+
+class _Attached:
+    """The hooks before and after the steps of an optimizer, and the adapters that follow it."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.followers: list[Follower] = []
+        self._sizes: list[int] = []
+        """How many parameters each group of the optimizer had when they were last looked through."""
+        self._call: FrameType | None = None
+        """The call of ``step`` that is followed: one inside it, as of the parent's ``step``, is a part of it."""
+        self._sharded = shards.is_sharded(module)
+        self._look_through_groups()
+
+    def before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keep what it takes to follow the step; let it call its closure once."""
+        caller = _caller()
+        if _is_running(self._call, caller):
+            return None
+        self._call = caller
+        shards.reshard(self.module)
+        self._look_through_groups()
+        for follower in self.followers:
+            follower.remember(self.optimizer)
         if len(args) > 1 and args[1] is not None:  # the first is the optimizer itself
             return (args[0], _once(args[1]), *args[2:]), kwargs
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": _once(kwargs["closure"])}
         return None
 
-    def follow(*_: Any) -> None:
-        skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler for a fused optimizer, which skips inside
-        if (skipped is None or not skipped.item()) and not (sharded and makes_states(optimizer)):
-            for follower in followers:
-                follower.follow(optimizer)
+    def after(self, *_: Any) -> None:
+        """Follow the step, unless it is a part of another, or was none."""
+        if _caller() is not self._call:
+            return
+        self._call = None
+        skipped = getattr(self.optimizer, "found_inf", None)
+        # set by a GradScaler for a fused optimizer, which skips on the device: without a look at it, nobody knows
+        if (skipped is None or not skipped.item()) and not (self._sharded and makes_states(self.optimizer)):
+            for follower in self.followers:
+                follower.follow(self.optimizer)
+        for follower in self.followers:
+            follower.adapter.set_followed()
 
-    hooks = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(follow)]
-    return Handle(optimizer, followers, hooks)
+    def release(self) -> None:
+        """Follow no adapter any more. What a step changed that an exception ended is given up."""
+        for follower in self.followers:
+            _FOLLOWED[follower.adapter].discard(self.optimizer)
+            if self._call is not None:
+                follower.adapter.set_followed()
+        self.followers, self._call = [], None
+
+    def _look_through_groups(self) -> None:
+        """Follow the adapters whose factors the optimizer has, if it has got other ones since."""
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        if sizes == self._sizes:
+            return
+        owned = {p for group in self.optimizer.param_groups for p in group["params"]}
+        known = {follower.adapter for follower in self.followers}
+        new = [
+            Follower(place, options)
+            for place, options in _places_with_options(self.module)
+            if place.adapter not in known
+            and _has_consequences(place, options)
+            and any(p in owned for p in place.adapter.trained.values())
+        ]
+        for follower in new:
+            follower.check(self.optimizer, owned)
+        for follower in new:
+            _FOLLOWED.setdefault(follower.adapter, weakref.WeakSet()).add(self.optimizer)
+            follower.adapter.set_followed()
+        self.followers += new
+        self._sizes = sizes
+
+
+def _has_consequences(place: Place, options: Options) -> bool:
+    return place.host.holds_increment or options.lr_ratio is not None
+
+
+def _caller() -> FrameType | None:
+    """The frame that called the caller of this: for a hook, the one of the ``step`` that it belongs to."""
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert frame.f_back is not None
+    return frame.f_back.f_back
+
+
+def _is_running(call: FrameType | None, frame: FrameType | None) -> bool:
+    """Whether ``call`` is ``frame`` or one below it on the stack; one that an exception has ended is not."""
+    while call is not None and frame is not None:
+        if frame is call:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Follower:
@@ -162,12 +230,11 @@ class Follower:
         if self.options.lr_ratio is not None:
             self.adapter.B.copy_(self._B + self.options.lr_ratio * (self.adapter.B - self._B))
         if self.place.host.holds_increment:
+            self.adapter.steps += 1
             A, B = self._before
             follow_step(self.adapter, self.place.weight, A, B)
-        if (every := self.options.resample_every_n_steps) is not None:
-            self.adapter.steps += 1
-            if self.adapter.steps % every == 0:
-                draw_anew(self.adapter, optimizer, self.options.resample_moments)
+        if (every := self.options.resample_every_n_steps) is not None and self.adapter.steps % every == 0:
+            draw_anew(self.adapter, optimizer, self.options.resample_moments)
         self._before = ()
 
 
