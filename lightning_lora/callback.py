@@ -38,7 +38,8 @@ from lightning_lora.weights import sharded
 class LoRA(Callback):
     """Trains low-rank increments of the pretrained weights, W = W0 + scale * B^T A, and saves merged weights.
 
-    From "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021). Added to a
+    From "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021); "the article" below is "LoRA from a
+    gradient perspective" (https://kexue.fm/archives/9590), whose equations the gradients follow. Added to a
     :class:`~lightning.pytorch.Trainer`, it puts adapters into the LightningModule when ``fit`` starts, freezes all
     else, and makes the module plain again, with merged weights, when ``fit`` ends. Every checkpoint holds the
     ``state_dict`` of the plain model and resumes the LoRA run. Weights that bitsandbytes or torchao have quantised stay
@@ -69,20 +70,20 @@ class LoRA(Callback):
         dropout: Probability that an input of an increment is zeroed while training. Drawn, as by ``nn.Dropout``, from
             torch's global generator.
         decomposition: What the increment is. ``"product"``: B^T A. ``"additive"``: A and B repeated and added, the
-            seed's variant, of a rank up to 2r; the rank divides both sides of the weight. ``"dora"``: the product,
+            article's variant, of a rank up to 2r; the rank divides both sides of the weight. ``"dora"``: the product,
             with a trained magnitude for each output. Or the name of a subclass of :class:`~lightning_lora.Adapter`.
         init: Where A and B start, always with the function unchanged. ``"zero"``: A random, B zero. ``"symmetric"``:
-            both random, A0 B0 taken away (seed, "Optimization Perspective"). ``"orthogonal"``: both random with
+            both random, A0 B0 taken away (article, "Optimization Perspective"). ``"orthogonal"``: both random with
             A0 B0 = 0. ``"pissa"``: the principal singular vectors of the weight, by the exact decomposition, or by a
             randomised one with q iterations as ``"pissa_niter_q"``. ``"gradient"``: singular vectors of the gradient
             over the first batches (LoRA-GA).
         gradient: How the gradients of A and B are computed. ``"factored"``: the weight stays W0 and the increment is
-            computed beside it (seed, eq. lora-2). ``"merged"``: the weight is W0 + increment at all times, so the
+            computed beside it (article, eq. lora-2). ``"merged"``: the weight is W0 + increment at all times, so the
             forward costs what the base model's does; the gradients are the same thin products. ``"projected"``: the
-            same, with the full gradient of each weight projected (seed, eq. grad-1); for any module. A module that
+            same, with the full gradient of each weight projected (article, eq. grad-1); for any module. A module that
             cannot be factored is adapted by the last in any case.
         resample_every_n_steps: After how many optimizer steps the increment stays in the weight and the projections are
-            drawn anew (seed, "Random Projection"); needs ``"merged"`` or ``"projected"``.
+            drawn anew (article, "Random Projection"); needs ``"merged"`` or ``"projected"``.
         resample: Which: ``"both"``, A and B, or ``"A"`` alone, which is then not trained, so that B starts at zero
             again and the backward keeps Z instead of X.
         resample_moments: What becomes of the optimizer's moments at a draw: ``"transfer"`` projects them anew, for SGD,

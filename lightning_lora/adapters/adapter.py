@@ -37,14 +37,14 @@ class Snapshot(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """The low-rank increment of one weight, ``scale * B.T @ A`` (seed, eq. 1, with torch's transposed layout).
+    """The low-rank increment of one weight, ``scale * B.T @ A`` (article, eq. 1, with torch's transposed layout).
 
     The weight is taken as a matrix (m, n) that maps n inputs to m outputs; that of a convolution as (out, in * kernel),
     a stack of matrices (k, m, n) as k matrices. Factors are stored rank-major. They keep their dtype when the module
     around them is cast (``.half()``, ``.to(torch.bfloat16)``, the ``*-true`` precisions of Lightning); only the device
     follows.
 
-    Where it starts from A0 and B0 whose product is not zero, the increment is B^T A - B0^T A0 (seed, "Optimization
+    Where it starts from A0 and B0 whose product is not zero, the increment is B^T A - B0^T A0 (article, "Optimization
     Perspective"). That is B^T (A - A0) + (B - B0)^T A0, exactly zero at the start, and no difference of large products.
 
     A subclass is another decomposition: ``class Mine(Adapter, decomposition="mine")`` can be asked for by that name.
@@ -148,7 +148,7 @@ class Adapter(nn.Module):
         init: str = "zero",
         **kwargs: Any,
     ) -> Adapter:
-        """An adapter for ``weight`` whose increment is zero, drawn on the CPU from ``(seed, name)`` alone.
+        """An adapter for ``weight`` whose increment is zero, drawn on the CPU from ``(article, name)`` alone.
 
         Where ``stacked``, the first dimension of ``weight`` counts matrices. What each ``init`` is, is said in
         ``initial.py``; a start whose product is not zero is kept as A0 and B0.
@@ -193,7 +193,7 @@ class Adapter(nn.Module):
     def draw(self) -> None:
         """Draws the factors that belong to step ``drawn_at``, from the seed, the layer's name and that number alone.
 
-        Entries ~ N(0, 1/r), so that E[A^T A] = I and E[B^T B] = I at any rank (seed, "Random Projection"). Where only A
+        Entries ~ N(0, 1/r), so that E[A^T A] = I and E[B^T B] = I at any rank (article, "Random Projection"). If only A
         is drawn, B is zero.
         """
         std = self.rank**-0.5
@@ -266,12 +266,12 @@ class Adapter(nn.Module):
         return A, B
 
     def project(self, gradient: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """dA = s B G, dB = s A G^T from the full gradient G = dL/dW, (m, n) (seed, eq. grad-1), in the dtype of G."""
+        """dA = s B G, dB = s A G^T from the full gradient G = dL/dW, (m, n) (article, eq. grad-1), in G's dtype."""
         A, B = A.to(gradient.dtype), B.to(gradient.dtype)
         return self.scale * (B @ gradient), self.scale * (A @ gradient.mT)
 
     def project_thin(self, x: Tensor, dy: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from X (b, n) and dY (b, m) without G (seed, eq. grad-2): dA = s (B dY^T) X, dB = s (A X^T) dY."""
+        """The same from X (b, n) and dY (b, m), no G (article, eq. grad-2): dA = s (B dY^T) X, dB = s (A X^T) dY."""
         A, B = A.to(dy.dtype), B.to(dy.dtype)
         return (B @ dy.T).mul_(self.scale) @ x, (A @ x.T).mul_(self.scale) @ dy
 

@@ -1,4 +1,4 @@
-"""W = W0 + A I_r(1 x m/r) + I_r(n/r x 1) B, the seed's own variant ("A Variant")."""
+"""W = W0 + A I_r(1 x m/r) + I_r(n/r x 1) B, the article's own variant ("A Variant")."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_lora.adapters.adapter import Adapter
 class Additive(Adapter, decomposition="additive"):
     """The increment with entries ``scale * (A[i % r, j] + B[j % r, i])``: A and B are repeated, not multiplied.
 
-    In the seed's layout that is A I_r(1 x m/r) + I_r(n/r x 1) B, where both I are rows or columns of blocks of the unit
+    In the article's layout: A I_r(1 x m/r) + I_r(n/r x 1) B, where both I are rows or columns of blocks of the unit
     matrix; for r = 1, w_ij = a_i + b_j. Its rank is up to 2r for as many parameters as a product of rank r has.
 
     A and B are added to the weight, never multiplied, and gradients are sums of G, or of X and dY, over blocks. Only

@@ -3,7 +3,7 @@
 ==================  =================================================================================================
 ``zero``            A ~ U(-1/sqrt(n), 1/sqrt(n)), which is ``kaiming_uniform_(a=sqrt(5))``, and B = 0, as in PEFT; for
                     embeddings, whose n is the size of the vocabulary, A = 0 and B ~ N(0, 1)
-``symmetric``       both uniform, each by its own side: neither is zero (seed, "Optimization Perspective")
+``symmetric``       both uniform, each by its own side: neither is zero (article, "Optimization Perspective")
 ``orthogonal``      the rows of A and of B are mixed from two halves of one random rotation of r dimensions, so that
                     B^T A = 0 though neither is zero; r must be even. As in PEFT.
 ``pissa``           the r largest singular values: W0 = U S V^T, A = sqrt(S/s) V^T, B = sqrt(S/s) U^T. Meng et al.,

@@ -1,4 +1,4 @@
-"""Y = X W0 + Z B with Z = X A, and its gradients from thin products only (seed, eqs. lora-2 and grad-2).
+"""Y = X W0 + Z B with Z = X A, and its gradients from thin products only (article, eqs. lora-2 and grad-2).
 
 With b rows of X, torch's layout W0 (m, n), and rank-major A (r, n), B (r, m), Z (r, b):
 

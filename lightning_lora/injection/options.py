@@ -250,7 +250,7 @@ class Options:
 
         r is ``rank``, which the layer has, or by default the one that was asked for.
 
-        alpha defaults to whatever makes the scale 1, so that W = W0 + AB (seed, eq. 1). rsLoRA's root is from
+        alpha defaults to whatever makes the scale 1, so that W = W0 + AB (article, eq. 1). rsLoRA's root is from
         Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (2023).
         """
         alphas = (alpha for key, alpha in (self.alpha_pattern or {}).items() if _any_matches(names, key))

@@ -46,7 +46,7 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
     For Fabric and plain torch; with a Trainer, :class:`~lightning_lora.LoRA` does it. Three options need it:
 
     - ``gradient="merged"`` and ``"projected"``, where W = W0 + increment at all times: a step that takes A and B to A'
-      and B' takes W to W + increment' - increment (seed, "Optimization Perspective").
+      and B' takes W to W + increment' - increment (article, "Optimization Perspective").
     - ``lr_ratio``: B goes that many times as far as the optimizer took it, which is what a larger learning rate does
       for every optimizer whose steps are proportional to it; parameter groups and schedulers are left alone.
     - ``resample_every_n_steps``: after every so many steps the projections are drawn anew.
