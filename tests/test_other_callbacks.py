@@ -111,6 +111,14 @@ class Model(Net):
         attach(self, optimizer)
         return optimizer
 
+    def on_save_checkpoint(self, checkpoint):
+        if self.lora is not None:  # weights below float32 are rounded by random bits of the step
+            checkpoint["steps"] = [adapter.steps for adapter in adapters(self).values()]
+
+    def on_load_checkpoint(self, checkpoint):
+        for adapter, steps in zip(adapters(self).values(), checkpoint.get("steps", ()), strict=False):
+            adapter.steps = steps
+
     def train_dataloader(self):
         return DataLoader(data().dataset, batch_size=self.batch_size)
 
@@ -375,6 +383,7 @@ def outcome(name: str, mode: str, order: str, folder: Path) -> Outcome:
     end, did, run = fit(model, 0)
     was_plain = structure(model) == before
     file = read(folder / "saved.ckpt")
+    file.pop("steps", None)
     again = module()
     again.batch_size = model.batch_size
     try:

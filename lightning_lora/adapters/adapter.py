@@ -148,7 +148,7 @@ class Adapter(nn.Module):
         init: str = "zero",
         **kwargs: Any,
     ) -> Adapter:
-        """An adapter for ``weight`` whose increment is zero, drawn on the CPU from ``(article, name)`` alone.
+        """An adapter for ``weight`` whose increment is zero, drawn on the CPU from ``(seed, name)`` alone.
 
         Where ``stacked``, the first dimension of ``weight`` counts matrices. What each ``init`` is, is said in
         ``initial.py``; a start whose product is not zero is kept as A0 and B0.
