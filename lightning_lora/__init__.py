@@ -1,5 +1,6 @@
 """LoRA for PyTorch Lightning by adding one callback."""
 
+from lightning_lora._version import __version__
 from lightning_lora.adapters import Adapter
 from lightning_lora.callback import LoRA
 from lightning_lora.injection.inject import (
@@ -15,13 +16,12 @@ from lightning_lora.memory.estimate import estimate_memory
 from lightning_lora.memory.report import Memory, MemoryReport
 from lightning_lora.steps.attach import attach
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Adapter",
     "LoRA",
     "Memory",
     "MemoryReport",
+    "__version__",
     "adapters",
     "attach",
     "disabled",

@@ -173,8 +173,8 @@ def launched(name: str) -> bool:
     return RUNS[name].get("strategy") in ("ddp_spawn", "ddp_fork")
 
 
-def main(folder: Path, makes_processes: bool) -> None:
-    for name in RUNS:
+def main(folder: Path, makes_processes: bool, names: list[str]) -> None:
+    for name in names:
         if launched(name) == makes_processes:
             print(f"start of {name!r}", flush=True)
             resumes = RUNS[name].get("resumes")
@@ -184,4 +184,4 @@ def main(folder: Path, makes_processes: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "makes-processes")
+    main(Path(sys.argv[1]), sys.argv[2] == "makes-processes", sys.argv[3:])

@@ -2,11 +2,22 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from distributed import RUNS, Images, file_of, launched, train
 from test_checkpoint import HERE, printed_by_a_new_process, read
+
+FAST = ("factored", "A", "factored, forked", "factored, resumed")
+"""One run of each sort; the others are slow."""
+
+
+def each(names):
+    """One case for each name."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else slow) for name in names])
+
 
 EXACT = [name for name in RUNS if "bf16" not in name]
 """Where weights are rounded stochastically, what the processes' mean is rounded to differs."""
@@ -16,14 +27,26 @@ N_STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What each of two processes has seen in every run, what both have printed, and where the files are."""
+def processes(request, tmp_path_factory):
+    """What each of two processes has seen in the runs asked for, what both have printed, and where the files are."""
     folder = tmp_path_factory.mktemp("ddp")
-    program = str(HERE / "distributed.py")
-    printed = printed_by_a_new_process("-W", "ignore", program, str(folder), "is-started-again")
-    printed += printed_by_a_new_process("-W", "ignore", program, str(folder), "makes-processes")
-    seen = {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in RUNS}
+    asked = {item.callspec.params["name"] for item in request.session.items if is_of_a_run(item)} or {*FAST}
+    asked |= {RESUMED.get(name, name) for name in asked} | {made_otherwise(name) for name in asked}
+    names = [name for name in RUNS if name in asked]  # a run before the one that resumes it
+    printed = []
+    for how in ("is-started-again", "makes-processes"):
+        printed += printed_by_a_new_process("-W", "ignore", str(HERE / "distributed.py"), str(folder), how, *names)
+    seen = {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in names}
     return seen, printed, folder
+
+
+def is_of_a_run(item):
+    return item.path == Path(__file__) and "name" in getattr(getattr(item, "callspec", None), "params", ())
+
+
+def made_otherwise(name):
+    """The same run, if ``name`` is one whose processes are made in another way."""
+    return name.partition(",")[0] if launched(name) else name
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +63,7 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", EXACT)
+@each(EXACT)
 def test_two_processes_equal_one_on_the_same_batches(name, processes, alone):
     seen, _, folder = processes
     watch, model = alone(name)
@@ -55,14 +78,14 @@ def test_two_processes_equal_one_on_the_same_batches(name, processes, alone):
     assert (model.linear.weight - Images().linear.weight).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", RUNS)
+@each(RUNS)
 def test_all_processes_end_with_the_same_bits(name, processes):
     first, second = processes[0][name]
     assert first["adapted"] == second["adapted"]
     assert first["weights"] == second["weights"]
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@each(RESUMED)
 def test_two_processes_resume_to_the_same_bits(name, processes):
     for resumed, uninterrupted in zip(processes[0][name], processes[0][RESUMED[name]], strict=True):
         assert resumed["losses"] == uninterrupted["losses"][-len(resumed["losses"]) :]
@@ -71,7 +94,7 @@ def test_two_processes_resume_to_the_same_bits(name, processes):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("name", [name for name in RESUMED.values() if name in EXACT])
+@each([name for name in RESUMED.values() if name in EXACT])
 def test_one_process_resumes_what_two_have_saved(name, processes, tmp_path):
     seen, _, folder = processes
     watch, model = train(tmp_path, name, 1, file_of(folder, name))
@@ -82,7 +105,7 @@ def test_one_process_resumes_what_two_have_saved(name, processes, tmp_path):
         torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@each(RUNS)
 def test_a_file_is_that_of_the_plain_model(name, processes):
     state = read(file_of(processes[2], RESUMED.get(name, name)))["state_dict"]
     plain = Images()
@@ -92,7 +115,7 @@ def test_a_file_is_that_of_the_plain_model(name, processes):
     }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@each(RUNS)
 def test_only_what_is_trained_crosses_the_wire(name, processes):
     for process in processes[0][name]:
         trained = process["trained"]
@@ -108,18 +131,18 @@ def test_only_what_is_trained_crosses_the_wire(name, processes):
 
 
 def test_only_the_first_of_the_processes_prints_the_table(processes):
-    _, printed, _ = processes
+    names, printed, _ = processes
     printed = "".join(printed)  # the lines of two processes may be mixed
-    assert printed.count("start of") == sum(1 if launched(name) else 2 for name in RUNS)
-    assert printed.count("Adapted modules") == printed.count("Full fine-tuning") == len(RUNS)
+    assert printed.count("start of") == sum(1 if launched(name) else 2 for name in names)
+    assert printed.count("Adapted modules") == printed.count("Full fine-tuning") == len(names)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if launched(name) and name.partition(",")[0] in RUNS])
+@each([name for name in RUNS if launched(name)])
 def test_processes_made_in_another_way_give_the_same_bits(name, processes):
-    assert processes[0][name] == processes[0][name.partition(",")[0]]
+    assert processes[0][name] == processes[0][made_otherwise(name)]
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if launched(name)])
+@each([name for name in RUNS if launched(name)])
 def test_the_process_that_called_fit_has_the_merged_weights(name, processes):
     seen, _, folder = processes
     assert json.loads((folder / f"{name}-caller.json").read_text()) == seen[name][0]["weights"]

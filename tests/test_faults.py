@@ -270,6 +270,7 @@ def reported(*command, temporary):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_140_times_while_it_saves_always_leaves_a_file_and_every_file_resumes_to_the_same_bits(tmp_path):
     report = reported("kill", tmp_path, 140, 0, temporary=tmp_path / "temporary")
     assert len(report["left"]) == 140
@@ -280,6 +281,7 @@ def test_a_run_killed_140_times_while_it_saves_always_leaves_a_file_and_every_fi
     assert all(report["resumed"])
 
 
+@pytest.mark.slow
 def test_where_the_folder_for_temporary_files_is_on_another_disk_a_broken_file_is_named_and_others_resume(tmp_path):
     """What is moved to another disk is copied."""
     other = Path("/dev/shm")
@@ -295,6 +297,7 @@ def test_where_the_folder_for_temporary_files_is_on_another_disk_a_broken_file_i
 # ----------------------------------------------------------------------------------------------------- interrupted
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_or_terminated_leaves_a_plain_module_and_a_file_that_resumes(tmp_path):
     report = reported("interrupt", tmp_path, temporary=tmp_path / "temporary")
     assert len(report) == 18

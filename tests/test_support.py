@@ -4,6 +4,12 @@ import pytest
 from lightning_utilities.core.imports import RequirementCache
 from support import FAILURES, PAGE, STRATEGIES, WORKS, all_outcomes, page
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not RequirementCache("torch>=2.7"), reason="torch 2.6 has no FSDP2 on the CPU"),
+]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -11,8 +17,6 @@ def made(tmp_path_factory):
     return all_outcomes(tmp_path_factory.mktemp("support"))
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(not RequirementCache("torch>=2.7"), reason="torch 2.6 has no FSDP2 on the CPU")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_combination_works_or_is_refused_with_a_sentence(strategy, made):
     others = {key: result for key, result in made[strategy].items() if result != WORKS}
@@ -20,7 +24,5 @@ def test_every_combination_works_or_is_refused_with_a_sentence(strategy, made):
     assert not {key: result for key, result in others.items() if result.startswith(FAILURES)}
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(not RequirementCache("torch>=2.7"), reason="torch 2.6 has no FSDP2 on the CPU")
 def test_the_page_is_made_of_what_came_of_them(made):
     assert PAGE.read_text() == page(made), "`python tests/support.py` makes it anew"
