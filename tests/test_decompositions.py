@@ -16,6 +16,7 @@ from models import Digest, Net, ResumableLoader, trainer
 from test_gradients import CASES as GRADIENT_CASES
 from test_gradients import Operations, build, loss_of, tokens, x
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from zoo import ZOO, Zoo
@@ -818,3 +819,46 @@ def test_the_roundings_of_different_steps_are_drawn_apart(decomposition, gradien
     assert ulps.mean().item() == pytest.approx(2, abs=0.25)
     assert ulps.std().item() < 2
     assert ulps.max() < 12
+
+
+class Norms(TorchDispatchMode):
+    """How many times norms of vectors were taken."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.linalg_vector_norm
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_norms_of_w0_are_taken_once_and_again_when_it_is_written_to():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 5)).double()
+    inject(module, rank=2, decomposition="dora", adapter_dtype="float64")
+    (adapter,) = adapters(module).values()
+    weight, x = module[0]._parameters["weight"], torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        adapter.B.normal_()
+
+    def check(norms):
+        with Norms() as taken:
+            for _ in range(3):
+                out = module(x)
+        assert taken.count == norms
+        V = weight + adapter.B.T @ adapter.A
+        W = adapter.magnitude[:, None] * V / V.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(out, x @ W.T + module[0].bias, rtol=1e-12, atol=1e-12)
+
+    check(0)  # taken when it was injected
+    with torch.no_grad():
+        weight.mul_(2)
+    check(1)
+    copied = copy.deepcopy(module)
+    assert torch.equal(copied(x), module(x))
+    with torch.inference_mode():
+        weight.add_(1)
+        module(x)
+    module(x).sum().backward()
+    check(0)
+    weight.data = weight.detach() * 3
+    check(1)

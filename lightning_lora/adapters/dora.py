@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters.adapter import Adapter, _bound
+from lightning_lora.gradients.transforms import is_transformed
 from lightning_lora.weights.full_precision import full_precision
 
 
@@ -26,9 +27,13 @@ class DoRA(Adapter, decomposition="dora"):
     magnitude: nn.Parameter
     held_gain: Tensor
 
+    _base: tuple[Any, Tensor] | None = None
+    """What W0 was when the squares of its rows' norms were computed, and these."""
+
+    @full_precision()
     def start(self, weight: Tensor, init: str) -> None:
         super().start(weight, init)
-        norms = self._norms(self.as_matrix(weight))
+        norms = self._norms(weight)
         self.magnitude = nn.Parameter(norms)
         self.register_buffer("held_gain", torch.ones_like(norms) if self.holds else None)
 
@@ -36,7 +41,7 @@ class DoRA(Adapter, decomposition="dora"):
         """magnitude / ||V||, where V is given by the weight as it stands: W0, or what holds the increment."""
         if self.holds:  # ||V|| = magnitude / held_gain
             return self._over(self.magnitude.detach() / self.held_gain)
-        return self._over(self._norms(self.as_matrix(weight)))
+        return self._over(self._norms(weight))
 
     def _over(self, norms: Tensor) -> Tensor:
         """magnitude / ``norms``; 1, and not trained, for outputs whose weights were all zero and have no direction."""
@@ -44,20 +49,30 @@ class DoRA(Adapter, decomposition="dora"):
         return torch.where(zero, 1, self.magnitude / torch.where(zero, 1, norms))
 
     @torch.no_grad()
-    def _norms(self, W0: Tensor) -> Tensor:
+    def _norms(self, weight: Tensor) -> Tensor:
         """||V||, (m,), without V: the squares are ||W0||^2 + 2 s <W0 A^T, B^T> + s^2 <B^T A A^T, B^T>, row by row."""
         A, B = self.increment()
-        dtype = torch.promote_types(torch.promote_types(W0.dtype, A.dtype), torch.float32)
-        W0, A, B = W0.to(dtype), A.to(dtype), B.to(dtype)
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+        W0, A, B = self.as_matrix(weight).to(dtype), A.to(dtype), B.to(dtype)
         with torch.autocast(W0.device.type, enabled=False):
             cross = self.scale * (2 * (A @ W0.mT) + self.scale * (A @ A.mT) @ B)
-            return (torch.linalg.vector_norm(W0, dim=-1).square() + (cross * B).sum(-2)).clamp_min(0).sqrt()
+            return (self._squares_of_base(weight, W0) + (cross * B).sum(-2)).clamp_min(0).sqrt()
+
+    def _squares_of_base(self, weight: Tensor, W0: Tensor) -> Tensor:
+        """||W0||^2 of each row, computed once for ``weight`` and again when it was written to; ``W0`` is its matrix."""
+        plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
+        if torch.compiler.is_compiling() or is_transformed() or not plain:
+            return torch.linalg.vector_norm(W0, dim=-1).square()
+        seen = id(weight), weight.data_ptr(), weight._version, W0.dtype
+        if self._base is None or self._base[0] != seen:
+            self._base = seen, torch.linalg.vector_norm(W0, dim=-1).square()
+        return self._base[1]
 
     @torch.no_grad()
     @full_precision()
     def folded_into(self, weight: Tensor) -> Tensor:
         """W = gain (W0 + delta) in the dtype of W0, rounded once; W0 itself where that is what it comes to."""
-        gain = self._over(self._norms(self.as_matrix(weight)))
+        gain = self._over(self._norms(weight))
         if self._is_zero() and (gain == 1).all():
             return weight.detach().clone()
         delta = self.delta_weight(gain.dtype)
@@ -89,6 +104,7 @@ class DoRA(Adapter, decomposition="dora"):
         state = {**super().without_increment(weight), "magnitude": norms}
         return {**state, "held_gain": torch.ones_like(self.held_gain)} if self.holds else state
 
+    @full_precision()
     def state(self, weight: Tensor) -> dict[str, Any]:
         state = super().state(weight)
         return state if self.holds else {**state, "held_gain": self.gain(weight).detach()}
