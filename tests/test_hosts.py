@@ -193,6 +193,7 @@ def adapted(name, gradient, **options):
                 adapter.A[..., adapter.padding_idx] = 0
             if gradient != "factored":
                 adapter.follow(place.weight, *held)
+                adapter.set_followed()
     return module, x
 
 

@@ -141,7 +141,7 @@ def test_the_randomised_one_is_close_and_closer_with_more_iterations(shape):
         a = initial(weight, init, rank=4)
         errors.append(((a.B0.T @ a.A0 - best(weight, 4)).norm() / best(weight, 4).norm()).item())
         residual = (weight - a.B0.T @ a.A0).norm() / (weight - best(weight, 4)).norm()
-        assert residual < (1.5 if init == "pissa_niter_0" else 1.05)
+        assert residual < (2 if init == "pissa_niter_0" else 1.05)
     assert errors[0] > errors[1] > errors[2]
     assert errors[1] < 0.2
 
