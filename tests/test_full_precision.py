@@ -1,5 +1,7 @@
 """What is folded, followed, bounded and carried over is computed in full precision, and the user's settings stay."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ def test_the_settings_are_put_back(precision):
 def test_the_settings_of_one_backend_are_put_back():
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     before = settings()
-    with pytest.raises(KeyError), full_precision():
+    with contextlib.suppress(KeyError), full_precision():
         assert settings() == ("ieee", "ieee")
         raise KeyError
     assert settings() == before
