@@ -16,8 +16,8 @@ from models import Digest, Net, ResumableLoader, trainer
 from test_gradients import CASES as GRADIENT_CASES
 from test_gradients import Operations, build, loss_of, tokens, x
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zoo import ZOO, Zoo
 
