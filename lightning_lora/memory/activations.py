@@ -328,7 +328,8 @@ class Watch(TorchFunctionMode):
             if hidden:
                 self._kept += self._inputs
                 self._inputs.clear()
-            return Standing(tensor, self.full if self._counts and not hidden else None)
+            # of tensors without data, an output comes with its graph, which holds what is returned here
+            return Standing(tensor.detach(), self.full if self._counts and not hidden else None)
 
         func, result = getattr(func, "base", func), packed
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack), self._mode:
