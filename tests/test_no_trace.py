@@ -51,20 +51,29 @@ def test_module_trainer_and_callback_of_twenty_fits_are_gone(kind, gradient, tmp
     assert [ref() for ref in alive if ref() is not None] == []
 
 
-def test_a_callback_that_is_used_again_keeps_no_earlier_module_and_its_copies_keep_none(tmp_path):
-    lora, alive = LoRA(rank=2), []
-    for _ in range(3):
-        model = Net()
-        run = trainer(tmp_path, lora, limit_train_batches=2)
-        run.fit(model, data())
-        alive.append((weakref.ref(model), weakref.ref(run)))
-        del model, run
+def fitted(lora: LoRA, folder) -> list[weakref.ref]:
+    """References to a module and a Trainer of which ``lora`` was the callback."""
+    model = Net()
+    run = trainer(folder, lora, limit_train_batches=2)
+    run.fit(model, data())
+    return [weakref.ref(model), weakref.ref(run)]
+
+
+def test_a_callback_that_is_used_again_keeps_no_earlier_module(tmp_path):
+    lora = LoRA(rank=2)
+    earlier = fitted(lora, tmp_path) + fitted(lora, tmp_path)
+    fitted(lora, tmp_path)  # Lightning lends a callback the methods `log` and `log_dict` of its last module
     gc.collect()
-    assert [ref() for pair in alive[:-1] for ref in pair if ref() is not None] == []
-    copied = copy.deepcopy(lora)  # Lightning gives each callback the methods `log` and `log_dict` of its last module
-    del lora
-    gc.collect()
-    assert [ref() for ref in alive[-1] if ref() is not None] == []
+    assert [ref() is None for ref in earlier] == [True] * 4
+
+
+def test_a_copy_of_the_callback_is_outside_of_its_run(tmp_path):
+    lora = LoRA(rank=2)
+    module, _ = fitted(lora, tmp_path)
+    copied = copy.deepcopy(lora)
+    assert lora.log.__self__ is module()
+    assert not {"log", "log_dict"} & vars(copied).keys()
+    assert copied.options == lora.options
     assert copied.memory is not None
 
 

@@ -324,12 +324,12 @@ class Watch(TorchFunctionMode):
         packed: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Standing:
+            tensor = tensor.detach()  # without data, an output comes with its graph, which holds this function
             packed.append(tensor)
             if hidden:
                 self._kept += self._inputs
                 self._inputs.clear()
-            # of tensors without data, an output comes with its graph, which holds what is returned here
-            return Standing(tensor.detach(), self.full if self._counts and not hidden else None)
+            return Standing(tensor, self.full if self._counts and not hidden else None)
 
         func, result = getattr(func, "base", func), packed
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack), self._mode:
