@@ -113,6 +113,11 @@ def logs_hyperparameters(module: Any) -> bool:
     return getattr(module, "_log_hyperparams", True) is not False
 
 
+def logged_step(trainer: Any) -> int:
+    """Return the step under which Lightning logs the batch that is running."""
+    return getattr(getattr(trainer.fit_loop, "epoch_loop", None), "_batches_that_stepped", trainer.global_step)
+
+
 def average_model(callback: Any) -> Any:
     """Return the ``AveragedModel`` of Lightning's ``WeightAveraging``."""
     model = getattr(callback, "_average_model", None)

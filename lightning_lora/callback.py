@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_lora._compat import logs_hyperparameters
+from lightning_lora._compat import logged_step, logs_hyperparameters
 from lightning_lora.checkpoint.format import State, damage
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.injection.inject import adapters
@@ -180,8 +180,12 @@ class LoRA(Callback):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the run out: a copy, or what goes to another process, is the same callback outside of it."""
-        return {**vars(self), "_run": None, "_finished": None}
+        """Leave the run out: a copy, or what goes to another process, is the same callback outside of it.
+
+        ``log`` and ``log_dict`` are methods of the module that Lightning lends to callbacks.
+        """
+        own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return {**own, "_run": None, "_finished": None}
 
     # ------------------------------------------------------------------------------------------------ before the run
 
@@ -281,7 +285,7 @@ class LoRA(Callback):
                 if _prints_summary(trainer):
                     report.table().print()
                 for logger in trainer.loggers:
-                    logger.log_metrics(report.metrics(), trainer.global_step)
+                    logger.log_metrics(report.metrics(), logged_step(trainer))
 
     # ------------------------------------------------------------------------------------------------- after the run
 

@@ -340,6 +340,7 @@ class Watch(TorchFunctionMode):
         packed: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Standing:
+            tensor = tensor.detach()  # without data, an output comes with its graph, which holds this function
             packed.append(tensor)
             if hidden:
                 self._kept += self._inputs
