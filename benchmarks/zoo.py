@@ -62,7 +62,7 @@ def make_environment(folder: Path, library: str) -> Path:
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
     if result.returncode:
         raise RuntimeError(f"pip: {(errors or ['failed'])[0]}")
-    ask = "import torch, lightning; print(torch.__file__, lightning.__file__)"
+    ask = "from importlib.util import find_spec; print(find_spec('torch').origin, find_spec('lightning').origin)"
     theirs, ours = (
         subprocess.run([which, "-c", ask], capture_output=True, text=True, check=True).stdout
         for which in (str(python), sys.executable)
