@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -44,6 +45,8 @@ def tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (list, tuple)):
         for value in output:
             yield from tensors(value)
+    elif dataclasses.is_dataclass(output):
+        yield from tensors([getattr(output, field.name) for field in dataclasses.fields(output)])
 
 
 @torch.no_grad()
@@ -73,6 +76,7 @@ class Probe:
         folder: Where the checkpoints go: ``half.ckpt`` after the first epoch, ``end.ckpt`` at the end of training.
         at_start: Called with the module when training starts.
         at_end: Called with the module, still adapted, and its last inputs, before training ends.
+        first_epoch: The epoch with which training starts.
     """
 
     def __init__(
@@ -80,16 +84,24 @@ class Probe:
         folder: Path | None = None,
         at_start: Callable[[nn.Module], None] = lambda module: None,
         at_end: Callable[[nn.Module, Any], None] = lambda module, inputs: None,
+        first_epoch: int = 0,
     ) -> None:
-        self.folder, self.at_start, self.at_end = folder, at_start, at_end
+        self.folder, self.at_start, self.at_end, self.first_epoch = folder, at_start, at_end, first_epoch
         self.losses: list[float] = []
         self.global_step = 0
         self.module: Any = None
         self.inputs: Any = None
 
+    def __deepcopy__(self, _: Any) -> Probe:
+        """Stay the same object where a library copies its Trainer's arguments."""
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a library cannot copy or write when it keeps its Trainer's arguments."""
-        return {"folder": None, "losses": [], "global_step": 0, "module": None, "inputs": None}
+        """Leave everything out where a library writes its Trainer's arguments to a file."""
+        return {}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        seed_all(1000 + self.first_epoch)  # of what is drawn when the first epoch's batches are made
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.module = pl_module
@@ -111,7 +123,7 @@ class Probe:
             self.losses.append(loss.item())
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        seed_all(1000 + trainer.current_epoch)  # of what is drawn when the next epoch's batches are made
+        seed_all(1001 + trainer.current_epoch)  # and the next epoch's
         if self.folder is not None and trainer.current_epoch == 0:
             trainer.save_checkpoint(self.folder / "half.ckpt")
 
@@ -126,7 +138,6 @@ def run(row: Row, probe: Probe, *callbacks: Any, file: Path | None = None, **arg
     """Fit a row once."""
     kind: Any = importlib.import_module(row.namespace).Callback
     probe.__class__ = type("Probe", (Probe, kind), {"__module__": __name__})
-    setattr(sys.modules[__name__], "Probe_", probe.__class__)  # noqa: B010
     seed_all(0)
     given = {
         "accelerator": "cpu",
@@ -239,7 +250,7 @@ def check_row(name: str, folder: Path) -> dict[str, Any]:
         checks.found["file"] |= note
     with checks.check("resume") as entry:
         (folder / "resumed").mkdir()
-        resumed = run(row, Probe(folder / "resumed"), LoRA(), file=folder / "half.ckpt")
+        resumed = run(row, Probe(folder / "resumed", first_epoch=1), LoRA(), file=folder / "half.ckpt")
         assert resumed.global_step == whole.global_step, f"ended at step {resumed.global_step} of {whole.global_step}"
         assert len(resumed.losses) < len(whole.losses), "it began anew"
         again = torch.load(folder / "resumed" / "end.ckpt", weights_only=False)

@@ -312,7 +312,7 @@ def of_pytorch_forecasting(arguments: dict[str, Any], file: str | None, name: st
     options = {"learning_rate": 0.01, "dropout": 0.1, "log_interval": -1, "optimizer": "adam", **options}
     model = getattr(pytorch_forecasting, name).from_dataset(data, **options)
     loader = data.to_dataloader(train=True, batch_size=16, num_workers=0)
-    Trainer(gradient_clip_val=0.1, **arguments).fit(model, loader, ckpt_path=file)
+    Trainer(gradient_clip_val=0.1, **arguments).fit(model, loader, ckpt_path=file, weights_only=False)
 
 
 @row("pytorch-forecasting", "TemporalFusionTransformer")
