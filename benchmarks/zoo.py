@@ -28,7 +28,8 @@ CHECKS = ("fit", "W0", "factored output", "file", "resume", "merged", "projected
 INTRODUCTION = f"""# The zoo
 
 Models of other people's libraries, trained for a few steps by the library's own way to give arguments to its Trainer,
-with `LoRA()` as it stands. Made by `python benchmarks/zoo.py`; Python {sys.version.split()[0]}, torch {torch.__version__}, CPU.
+with `LoRA()` as it stands. Made by `python benchmarks/zoo.py` with Python {sys.version.split()[0]} and torch
+{torch.__version__}, on a CPU.
 
 - **fit**: it trains, and after `fit` the module holds bit for bit what the last checkpoint holds.
 - **W0**: the weights that have an adapter are bitwise what they were, at the end of training, while adapted.
@@ -80,9 +81,7 @@ def run_row(name: str, python: Path, folder: Path, timeout: float) -> dict[str, 
     command = [str(python), str(ROOT / "benchmarks" / "zoo_checks.py"), name, "--folder", str(folder)]
     began = time.perf_counter()
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:

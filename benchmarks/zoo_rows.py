@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -37,7 +38,7 @@ stand_in_for_torchvision()  # Lightning imports torchvision
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 
 Fit = Callable[[dict[str, Any], str | None], None]
-"""Builds the model, always the same one, and trains it by the Trainer's arguments, from a checkpoint if one is given."""
+"""Builds the model, always the same one, and trains it by the Trainer's arguments, from a checkpoint if given one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,19 +283,23 @@ def gat(arguments: dict[str, Any], file: str | None) -> None:
     train(Task(GAT(), lambda output, batch: nn.functional.cross_entropy(output, batch["y"])), graphs, arguments, file)
 
 
+def waves(count: int) -> numpy.ndarray:
+    """Return a noisy sine of so many points."""
+    return numpy.sin(numpy.arange(count) / 3) + 0.1 * numpy.random.default_rng(0).normal(size=count)
+
+
 # --------------------------------------------------------------------------------------------- pytorch-forecasting
 
 
 def of_pytorch_forecasting(arguments: dict[str, Any], file: str | None, name: str, **options: Any) -> None:
     """Train a model that a dataset configures, as in the library's tutorials."""
-    import numpy
     import pandas
     import pytorch_forecasting
     from pytorch_forecasting.data import NaNLabelEncoder
 
     steps, groups = 30, ("a", "b")
     time = numpy.tile(numpy.arange(steps), len(groups))
-    value = numpy.sin(time / 3) + 0.1 * numpy.random.randn(len(time)) + 2
+    value = waves(len(time)) + 2
     frame = pandas.DataFrame({"time": time, "value": value, "group": numpy.repeat(groups, steps)})
     frame["known"] = numpy.cos(frame["time"] / 3)
     data = pytorch_forecasting.TimeSeriesDataSet(
@@ -330,10 +335,9 @@ def deepar(arguments: dict[str, Any], file: str | None) -> None:
 
 def of_darts(arguments: dict[str, Any], file: str | None, name: str, **options: Any) -> None:
     """Train a model on one series, and have it predict after that."""
-    import numpy
     from darts import TimeSeries, models
 
-    series = TimeSeries.from_values(numpy.sin(numpy.arange(60) / 3) + 0.1 * numpy.random.randn(60))
+    series = TimeSeries.from_values(waves(60))
     model = getattr(models, name)(
         input_chunk_length=12,
         output_chunk_length=4,
@@ -368,7 +372,6 @@ def darts_nbeats(arguments: dict[str, Any], file: str | None) -> None:
 
 def of_neuralforecast(arguments: dict[str, Any], file: str | None, name: str, **options: Any) -> None:
     """Train a model on two series, and have it predict after that. The library has no argument for a checkpoint."""
-    import numpy
     import pandas
     import pytorch_lightning
     from neuralforecast import NeuralForecast, models
@@ -378,7 +381,7 @@ def of_neuralforecast(arguments: dict[str, Any], file: str | None, name: str, **
         {
             "unique_id": numpy.repeat(names, steps),
             "ds": numpy.tile(pandas.date_range("2000-01-01", periods=steps), len(names)),
-            "y": numpy.sin(numpy.arange(steps * len(names)) / 3) + 0.1 * numpy.random.randn(steps * len(names)),
+            "y": waves(steps * len(names)),
         }
     )
     arguments = {key: value for key, value in arguments.items() if key != "max_epochs"}  # it counts steps, one an epoch
