@@ -181,17 +181,18 @@ class Watch:
         self.outputs: list[Tensor] = []
 
     def at_start(self, module: nn.Module) -> None:
+        from lightning_lora import adapters
         from lightning_lora.injection.inject import injections, places
         from lightning_lora.injection.targets import summary
 
-        self.before = {place.name: (place.weight, place.weight.detach().clone()) for place in places(module)}
+        self.before = {place.key: (place.weight, place.weight.detach().clone()) for place in places(module)}
         if self.name == "factored":
             left_out = [layer for injection in injections(module) for layer in injection.left_out]
             self.checks.found["adapters"] = {
                 "ok": bool(self.before),
-                "text": str(len(self.before)),
+                "text": str(len(adapters(module))),
                 "left_out": summary(left_out),
-                "names": list(self.before),
+                "names": list(adapters(module)),
             }
 
     def at_end(self, module: nn.Module, inputs: Any) -> None:
