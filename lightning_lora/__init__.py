@@ -2,6 +2,7 @@
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.callback import LoRA
+from lightning_lora.checkpoint.load import combine_adapters, load_adapter, set_adapter
 from lightning_lora.injection.inject import (
     adapters,
     disabled,
@@ -24,11 +25,14 @@ __all__ = [
     "MemoryReport",
     "adapters",
     "attach",
+    "combine_adapters",
     "disabled",
     "estimate_memory",
     "inject",
+    "load_adapter",
     "merge",
     "merged",
     "merged_state_dict",
     "merging_errors",
+    "set_adapter",
 ]

@@ -35,6 +35,12 @@ from lightning_lora.weights.quantized import Storage, is_quantized
 
 KEY = "lightning_lora"
 VERSION = 2
+NOTICE = (
+    "the file holds LoRA adapters only, so build the module with its pretrained weights, and call"
+    " lightning_lora.load_adapter(module, file), or give the file as `ckpt_path` to a Trainer with the LoRA callback"
+)
+"""A key in the state dict of a file of the form "adapter", with an empty tensor. Where such a file is loaded as if it
+were a whole model, torch ends its error with the keys that the module does not expect: with this sentence."""
 NUMBERS = tuple(getattr(torch, dtype) for dtype in ADAPTER_DTYPES)
 """The dtypes of what is computed with."""
 
