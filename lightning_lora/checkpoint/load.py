@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -179,6 +179,8 @@ def combine_adapters(module: nn.Module, weights: Mapping[str, float], into: str)
     """
     module = unwrapped(module)
     loaded = _loaded(module)
+    if not isinstance(weights, Mapping):
+        raise LoRAError(f"`weights` is a dictionary, name of an adapter -> its weight, got {weights!r}.")
     _check_names(loaded, weights)
     if not weights or not all(isinstance(w, int | float) and math.isfinite(w) for w in weights.values()):
         raise LoRAError(f"`weights` gives each adapter a finite number, got {dict(weights)!r}.")
@@ -291,8 +293,6 @@ def _resolve(module: nn.Module, payload: State, state: State) -> tuple[NamedAdap
             raise LoRAError(f"The file has two adapters for {name!r}, whose weight stands in two places.")
         adapter = Adapter.from_state({k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()})
         adapter.requires_grad_(False)
-        hosts = [host for host, names in _places(module, {weight: adapter}).items() for _ in names]
-        adapter.padding_idx = getattr(hosts[0], "padding_idx", None) if len(hosts) == 1 else None
         found[first[weight]] = adapter
         expected, W = base.get(key, ""), state.get(key)
         if key in stored:
@@ -368,8 +368,8 @@ def _loaded(module: nn.Module) -> Loaded:
     return loaded
 
 
-def _check_names(loaded: Loaded, names: Any) -> None:
-    if not isinstance(names, list | Mapping) or (unknown := [name for name in names if name not in loaded.named]):
+def _check_names(loaded: Loaded, names: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in loaded.named]:
         raise LoRAError(f"The module has no adapter called {unknown[0]!r}; it has {listed(loaded.named)}.")
 
 
