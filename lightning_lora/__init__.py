@@ -14,6 +14,7 @@ from lightning_lora.injection.inject import (
 )
 from lightning_lora.memory.estimate import estimate_memory
 from lightning_lora.memory.report import Memory, MemoryReport
+from lightning_lora.plots import adapter_table, plot_adapters
 from lightning_lora.steps.attach import attach
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "LoRA",
     "Memory",
     "MemoryReport",
+    "adapter_table",
     "adapters",
     "attach",
     "combine_adapters",
@@ -34,5 +36,6 @@ __all__ = [
     "merged",
     "merged_state_dict",
     "merging_errors",
+    "plot_adapters",
     "set_adapter",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -180,16 +181,22 @@ class Adapter(nn.Module):
         Entries ~ N(0, 1/r), so that E[A^T A] = I and E[B^T B] = I at any rank (seed, "Random Projection"). Where only A
         is drawn, B is zero.
         """
-        generator = draws.generator(self.key, str(self.drawn_at))
-        std = self.rank**-0.5
-        for factor in (self.A, self.B):
-            drawn = torch.zeros(factor.shape, dtype=torch.float32, device="cpu")
-            if factor is self.A or self.resample == "both":
-                drawn.normal_(0, std, generator=generator)
-            factor.copy_(drawn)
-        self._clear_padding(self.A)
+        generator = self.draw_A()
+        drawn = torch.zeros(self.B.shape, dtype=torch.float32, device="cpu")
+        if self.resample == "both":
+            drawn.normal_(0, self.rank**-0.5, generator=generator)
+        self.B.copy_(drawn)
         if self.resample == "A":
             self.fix("A")
+
+    @torch.no_grad()
+    def draw_A(self) -> torch.Generator:
+        """Draws A alone, and returns the generator, which B is drawn from next."""
+        generator = draws.generator(self.key, str(self.drawn_at))
+        drawn = torch.zeros(self.A.shape, dtype=torch.float32, device="cpu")
+        self.A.copy_(drawn.normal_(0, self.rank**-0.5, generator=generator))
+        self._clear_padding(self.A)
+        return generator
 
     def _clear_padding(self, A: Tensor) -> None:
         if self.padding_idx is not None:
@@ -446,11 +453,17 @@ class Adapter(nn.Module):
     def from_state(cls, state: Mapping[str, Any]) -> Adapter:
         """The adapter that ``state`` was taken of, to fold it into a weight or out."""
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        kind = DECOMPOSITIONS[state["decomposition"]]
-        adapter = kind(tensors.pop("A"), tensors.pop("B"), state["shape"], state["scale"], 0.0, state["transposed"])
+        kind, B, shape = DECOMPOSITIONS[state["decomposition"]], tensors.pop("B"), state["shape"]
+        drawn = "A" not in tensors
+        n = shape[B.dim() - 2] if state["transposed"] else math.prod(shape[B.dim() - 1 :])
+        A = B.new_zeros(*B.shape[:-1], n) if drawn else tensors.pop("A")
+        adapter = kind(A, B, shape, state["scale"], 0.0, state["transposed"], key=state["key"])
         adapter.padding_idx = state.get("padding_idx")
         for name, value in tensors.items():
             adapter.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        if drawn:
+            adapter.resample, adapter.drawn_at = state["resample"], state["drawn_at"]
+            adapter.draw_A()
         return adapter
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

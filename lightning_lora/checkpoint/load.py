@@ -306,7 +306,9 @@ def _resolve(module: nn.Module, payload: State, state: State) -> tuple[NamedAdap
     adapted = {parameters[key] for key in found}
     for key, expected in base.items():
         if parameters.get(key) not in adapted:
-            matches = stored[key].has(expected) if key in stored else cast_to_match(current.get(key), expected) is not None
+            matches = (
+                stored[key].has(expected) if key in stored else cast_to_match(current.get(key), expected) is not None
+            )
             strange += [] if matches else [key]
     if strange:
         how = "the weights that it was trained on"

@@ -282,7 +282,7 @@ def disabled(module: nn.Module) -> Iterator[None]:
         ...     torch.equal(module(x), before)
         True
     """
-    found = _distinct(module)
+    found = distinct_places(module)
     held = [(place.weight, place.weight.detach().clone(), place.adapter) for place in found if place.adapter.holds]
     with torch.no_grad():
         for weight, _, adapter in held:
@@ -312,7 +312,7 @@ def merged(module: nn.Module) -> Iterator[None]:
     Raises:
         LoRAError: If ``module`` has no adapters.
     """
-    found = _distinct(module)
+    found = distinct_places(module)
     if not found:
         raise LoRAError(f"{type(module).__name__} has no adapters to merge.")
     before = [(place.weight, place.weight.detach().clone(), place.adapter) for place in found]
@@ -374,7 +374,7 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _distinct(module: nn.Module) -> list[Place]:
+def distinct_places(module: nn.Module) -> list[Place]:
     """Return one place of each adapter."""
     return list({id(place.adapter): place for place in places(module)}.values())
 
