@@ -28,6 +28,7 @@ from lightning_lora.injection.options import (
 )
 from lightning_lora.memory.report import MemoryReport
 from lightning_lora.trainer import support
+from lightning_lora.trainer.adapter_log import AdapterLog
 from lightning_lora.trainer.namespaces import for_both_namespaces, is_a
 from lightning_lora.trainer.run import RUNS, Finished, Run
 from lightning_lora.trainer.tables import print_summary
@@ -99,6 +100,10 @@ class LoRA(Callback):
             instead of recovering these from the merged weights up to rounding, with a warning.
         log_memory: Read the memory of training at the first optimizer step, for :attr:`memory`, and beside it that of
             full fine-tuning; print both as a table, and give them to the loggers in MiB, with the options.
+        log_adapters_every_n_steps: After how many optimizer steps |W - W0| / |W0| and the effective rank of each
+            adapter are logged, as ``lora/relative_norm/NAME`` and ``lora/effective_rank/NAME``, and drawn where a
+            logger is TensorBoard's. Lightning writes rows at multiples of ``Trainer(log_every_n_steps=...)``. Where
+            projections are drawn anew, that is what was learned since the last draw. None: not at all.
 
     Raises:
         ValueError: If an option has a bad value; in ``fit``, if it matches nothing in the module.
@@ -137,6 +142,7 @@ class LoRA(Callback):
         seed: int = 0,
         exact_resume: bool = False,
         log_memory: bool = True,
+        log_adapters_every_n_steps: int | None = None,
     ) -> None:
         self.options = Options(
             rank=rank,
@@ -164,9 +170,13 @@ class LoRA(Callback):
         for flag, given in (("exact_resume", exact_resume), ("log_memory", log_memory)):
             if not isinstance(given, bool):
                 raise LoRAError(f"`{flag}` must be True or False, got {given!r}.")
+        every = log_adapters_every_n_steps
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise LoRAError(f"`log_adapters_every_n_steps` must be an int of at least 1, or None, got {every!r}.")
         self.checkpoint = checkpoint
         self.exact_resume = exact_resume
         self.log_memory = log_memory
+        self.log_adapters_every_n_steps = log_adapters_every_n_steps
         self.memory: MemoryReport | None = None
         """What the last ``fit`` held, and what full fine-tuning would have; from the first optimizer step on."""
         self._run: Run | None = None
@@ -174,7 +184,13 @@ class LoRA(Callback):
 
     def __repr__(self) -> str:
         """Name the options that were set."""
-        default = {**vars(Options()), "checkpoint": "merged", "exact_resume": False, "log_memory": True}
+        default = {
+            **vars(Options()),
+            "checkpoint": "merged",
+            "exact_resume": False,
+            "log_memory": True,
+            "log_adapters_every_n_steps": None,
+        }
         given = {**vars(self), **vars(self.options)}
         shown = (f"{name}={given[name]!r}" for name in default if given[name] != default[name])
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -230,6 +246,8 @@ class LoRA(Callback):
         run.forget_loading()
         sharded.reshard(pl_module)  # after the sanity check
         support.check_trained(trainer, pl_module, run.idle)
+        if (every := self.log_adapters_every_n_steps) is not None:
+            run.adapter_log = AdapterLog(every, trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Whatever was to be read from a file has been read."""
@@ -273,6 +291,8 @@ class LoRA(Callback):
         run.batches += 1
         if (lost := run.lost_to_rounding()) is not None:  # of the rows of each process
             pl_module.log("lora/lost_to_nearest_rounding", lost, sync_dist=run.is_sharded)
+        if run.adapter_log is not None:
+            run.adapter_log.log(trainer, pl_module)
         if run.unreached:
             warn(support.unreached(sorted(run.unreached)))
             run.unreached = set()
@@ -286,6 +306,11 @@ class LoRA(Callback):
                     report.table().print()
                 for logger in trainer.loggers:
                     logger.log_metrics(report.metrics(), logged_step(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what was logged last."""
+        if (log := self._running().adapter_log) is not None:
+            log.draw(trainer)
 
     # ------------------------------------------------------------------------------------------------- after the run
 

@@ -709,6 +709,21 @@ def test_the_row_of_the_padding_is_not_trained_and_all_three_gradients_agree(dec
     torch.testing.assert_close(others[2], others[0])
 
 
+@pytest.mark.parametrize("decomposition", ["product", "additive", "dora"])
+def test_what_a_file_says_of_an_embedding_leaves_the_row_of_the_padding_alone(decomposition):
+    module = nn.Sequential(nn.Embedding(12, 8, padding_idx=4))
+    inject(module, rank=2, target_modules=["0"], decomposition=decomposition)
+    (place,) = places(module)
+    with torch.no_grad():
+        place.adapter.B.normal_()
+        place.adapter.A.normal_()[..., 4] = 0
+        saved = Adapter.from_state(place.adapter.state(place.weight))
+        merged = saved.folded_into(place.weight)
+    torch.testing.assert_close(merged, module(torch.arange(12)))
+    assert (merged[4] == 0).all()
+    assert (merged[:4] != place.weight[:4]).any()
+
+
 # ------------------------------------------------------------------------------------------------ one of a user's own
 
 

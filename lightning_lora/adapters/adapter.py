@@ -196,17 +196,25 @@ class Adapter(nn.Module):
         Entries ~ N(0, 1/r), so that E[A^T A] = I and E[B^T B] = I at any rank (article, "Random Projection"). If only A
         is drawn, B is zero.
         """
-        std = self.rank**-0.5
-        for name, factor in (("A", self.A), ("B", self.B)):
-            if name == "A" or self.resample == "both":
-                key = counter.key(self.key, "draw", self.drawn_at, name)
-                factor.copy_(draws.normal(key, factor.shape, factor.device).mul_(std))
-            else:
-                factor.zero_()
-        self._clear_padding(self.A)
+        self.draw_A()
+        if self.resample == "both":
+            self.B.copy_(self._drawn("B"))
+        else:
+            self.B.zero_()
         if self.resample == "A":
             self.fix("A")
         self.set_followed()
+
+    @torch.no_grad()
+    def draw_A(self) -> None:
+        """Draws A alone."""
+        self.A.copy_(self._drawn("A"))
+        self._clear_padding(self.A)
+
+    def _drawn(self, name: str) -> Tensor:
+        factor = getattr(self, name)
+        key = counter.key(self.key, "draw", self.drawn_at, name)
+        return draws.normal(key, factor.shape, factor.device).mul_(self.rank**-0.5)
 
     def _clear_padding(self, A: Tensor) -> None:
         if self.padding_idx is not None:
@@ -479,22 +487,20 @@ class Adapter(nn.Module):
             "key": self.key,
             "steps": self.steps,
             "drawn_at": self.drawn_at,
+            **({} if self.padding_idx is None else {"padding_idx": self.padding_idx}),
         }
 
     @torch.no_grad()
-    def resume(self, state: Mapping[str, Any], version: int) -> dict[str, Tensor]:
-        """The tensors of ``state``, which was taken of an adapter like this; this one counts its steps from there.
-
-        ``version`` is the format of the file: until 2, what is left out of it was drawn by another generator.
-        """
+    def resume(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of ``state``, which was taken of an adapter like this; this one counts its steps from there."""
         self.steps, self.drawn_at = state["steps"], state["drawn_at"]
         if self.resample == "A":
             self.draw()
-            if version <= 2:
-                drawn = draws.normal_of_format_2(self.key, self.drawn_at, self.A.shape, self.rank**-0.5)
-                self.load_tensors({"A": drawn})
-                self._clear_padding(self.A)
-        return {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
+        tensors = {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
+        if self.padding_idx is not None:
+            tensors["A"] = tensors["A"].clone()
+            self._clear_padding(tensors["A"])
+        return tensors
 
     def remember(self, weight: str) -> None:
         """Keep the tensors as they are, if they are not the last ones that were kept."""
@@ -520,10 +526,17 @@ class Adapter(nn.Module):
     def from_state(cls, state: Mapping[str, Any]) -> Adapter:
         """The adapter that ``state`` was taken of, to fold it into a weight or out."""
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        kind = DECOMPOSITIONS[state["decomposition"]]
-        adapter = kind(tensors.pop("A"), tensors.pop("B"), state["shape"], state["scale"], 0.0, state["transposed"])
+        kind, B, shape = DECOMPOSITIONS[state["decomposition"]], tensors.pop("B"), state["shape"]
+        drawn = "A" not in tensors
+        n = shape[B.dim() - 2] if state["transposed"] else math.prod(shape[B.dim() - 1 :])
+        A = B.new_zeros(*B.shape[:-1], n) if drawn else tensors.pop("A")
+        adapter = kind(A, B, shape, state["scale"], 0.0, state["transposed"], key=state["key"])
+        adapter.padding_idx = state.get("padding_idx")
         for name, value in tensors.items():
             adapter.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        if drawn:
+            adapter.resample, adapter.drawn_at = state["resample"], state["drawn_at"]
+            adapter.draw_A()
         return adapter
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,8 +6,8 @@
     form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
     options   of the callback, to be read by people
     adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
-              decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
-              is not trained is left out
+              decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; padding_idx,
+              where an embedding has one; a drawn A that is not trained is left out
     trained   keys in state_dict of the base's parameters that are trained in full
     idle      names of adapters that no optimizer trains, from version 2 on: they are zero and left out
     average   beside a callback that averages weights: what `adapters` holds, of the average
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.adapters import DECOMPOSITIONS, Adapter
+from lightning_lora.adapters import DECOMPOSITIONS, Adapter, draws
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.naming import plain_name
 from lightning_lora.injection.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMPLES, check_choice
@@ -36,6 +36,12 @@ from lightning_lora.weights.quantized import Storage, is_quantized
 
 KEY = "lightning_lora"
 VERSION = 3
+NOTICE = (
+    "the file holds LoRA adapters only, so build the module with its pretrained weights, and call"
+    " lightning_lora.load_adapter(module, file), or give the file as `ckpt_path` to a Trainer with the LoRA callback"
+)
+"""A key in the state dict of a file of the form "adapter", with an empty tensor. Where such a file is loaded as if it
+were a whole model, torch ends its error with the keys that the module does not expect: with this sentence."""
 NUMBERS = tuple(getattr(torch, dtype) for dtype in ADAPTER_DTYPES)
 """The dtypes of what is computed with."""
 
@@ -43,7 +49,13 @@ State = dict[str, Any]
 
 
 def check_format(payload: Any) -> None:
-    """That ``payload``, read from a file, is what :func:`take_apart` makes."""
+    """Raise unless ``payload``, read from a file, is what a run with LoRA writes.
+
+    Draws that an earlier format left out of the file, and that were made by other random numbers, are filled in.
+
+    Raises:
+        LoRAError: If it is malformed, or of a newer format.
+    """
     version: Any = payload.get("version") if isinstance(payload, Mapping) else None
     if not _is_int(version) or version < 1:
         raise _malformed("it has no version")
@@ -86,6 +98,17 @@ def check_format(payload: Any) -> None:
         }
         if payload["form"] != "adapter" and not adapted and not is_quantized(expected):
             raise _malformed(f"{key!r} in `base` has no adapter")
+    if version <= 2:
+        for entry in payload["adapters"].values():
+            if entry["resample"] == "A" and "A" not in entry:
+                entry["A"] = _drawn_by_format_2(entry)
+
+
+def _drawn_by_format_2(entry: State) -> Tensor:
+    B, shape = entry["B"], entry["shape"]
+    n = shape[B.dim() - 2] if entry["transposed"] else math.prod(shape[B.dim() - 1 :])
+    drawn = draws.normal_of_format_2(entry["key"], entry["drawn_at"], (*B.shape[:-1], n), B.shape[-2] ** -0.5)
+    return drawn.to(B.dtype)
 
 
 def check_weights(payload: State, state: Any, current: Mapping[str, Any], stored: Mapping[str, Storage]) -> None:
@@ -126,7 +149,7 @@ def _is_adapter(entry: Mapping[Any, Any]) -> bool:
     if not all(isinstance(entry.get(field), kind) for field, kind in kinds.items()):
         return False
     tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
-    if entry.keys() != {*kinds, *tensors, "resample", "steps", "drawn_at"}:
+    if entry.keys() - {"padding_idx"} != {*kinds, *tensors, "resample", "steps", "drawn_at"}:
         return False
     resample, counts = entry["resample"], (entry["drawn_at"], entry["steps"])
     return (
@@ -134,6 +157,7 @@ def _is_adapter(entry: Mapping[Any, Any]) -> bool:
         and (resample is None or (isinstance(resample, str) and resample in RESAMPLES))
         and all(_is_int(value) for value in (*counts, *entry["shape"]))
         and all(side > 0 for side in entry["shape"])
+        and ("padding_idx" not in entry or (_is_int(i := entry["padding_idx"]) and 0 <= i < [*entry["shape"], 0][0]))
         and 0 <= counts[0] <= counts[1]
         and abs(entry["scale"]) <= torch.finfo(torch.float32).max  # which "not a number" is not
     )

@@ -11,7 +11,16 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint.fingerprints import fingerprint
-from lightning_lora.checkpoint.format import KEY, NUMBERS, State, check_format, check_weights, dtype_of, weight_key
+from lightning_lora.checkpoint.format import (
+    KEY,
+    NOTICE,
+    NUMBERS,
+    State,
+    check_format,
+    check_weights,
+    dtype_of,
+    weight_key,
+)
 from lightning_lora.checkpoint.write import fold
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.injection.inject import Place, injections, places, trained_besides
@@ -44,9 +53,10 @@ def prepare_for_loading(checkpoint: State, module: nn.Module, exact: bool, merge
     check_format(payload)
     found = list(places(module))
     stored = storages(module)
-    current = _tensors_of(module) if found or payload["form"] == "adapter" else {}
+    current = tensors_of(module) if found or payload["form"] == "adapter" else {}
     check_weights(payload, checkpoint.get("state_dict"), current, stored)
     state = dict(checkpoint["state_dict"])
+    state.pop(NOTICE, None)
     if not found:
         _keep_quantized(state, payload, stored)
     if found:
@@ -71,7 +81,7 @@ def _hold_again(state: State, place: Place, entry: State) -> None:
     state[place.key] = Adapter.from_state(entry).folded_into(place.weight.detach())
 
 
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of ``module`` by their keys, not by a ``state_dict()`` of the user's own.
 
     Lazy ones have no values yet and are left out.
@@ -89,7 +99,7 @@ def restore_adapters(module: nn.Module, payload: State) -> None:
     for place in {id(place.adapter): place for place in places(module)}.values():
         if (entry := payload["adapters"].get(place.name)) is not None:
             with gathered(place.adapter) as whole:
-                whole.load_tensors(whole.resume(entry, payload["version"]))
+                whole.load_tensors(whole.resume(entry))
 
 
 def restore_shards(checkpoint: State, module: nn.Module, exact: bool, before: Mapping[str, Tensor]) -> None:
@@ -137,7 +147,7 @@ def _put_base_back(
                 state[key] = stored[key].weight.detach()
             else:
                 others.append(key)
-        elif (weight := _cast(current.get(key), expected)) is not None and fingerprint(weight) == expected:
+        elif (weight := cast_to_match(current.get(key), expected)) is not None:
             state[key] = weight
         elif not found and key in folded and merged["base"].get(key) == expected:
             state[key], _ = Adapter.from_state(folded[key]).folded_out_of(current[key])
@@ -147,24 +157,24 @@ def _put_base_back(
         return
     if payload["form"] == "adapter":
         raise LoRAError(
-            f"The checkpoint holds adapters only, and {_listed(others)} of this module are not the weights they were"
+            f"The checkpoint holds adapters only, and {listed(others)} of this module are not the weights they were"
             " trained on. Load the same pretrained weights first."
         )
     if quantized := [key for key in others if key in stored]:
         difference = _differ(payload["base"].get(quantized[0]), stored[quantized[0]].fingerprint())
         raise LoRAError(
-            f"{_listed(quantized)} of this module are quantised, and not what the checkpoint was trained on:"
+            f"{listed(quantized)} of this module are quantised, and not what the checkpoint was trained on:"
             f" {difference}. What is quantised cannot be recovered from merged weights. Build the module on the same"
             " pretrained weights, quantised in the same way and on the same kind of device."
         )
     if any(key in payload["base"] for key in others):
-        reason = f"The checkpoint was trained on other weights than this module has in {_listed(others)}"
+        reason = f"The checkpoint was trained on other weights than this module has in {listed(others)}"
         remedy, with_error = "build the module on the same pretrained weights", "with an error"
         bases = [payload["base"].get(key, "") for key in others]
         if kinds := sorted({base.split(":")[2] for base in bases if is_quantized(base)}):
             remedy += f", quantised as they were ({', '.join(kinds)}; `pip install 'lightning-lora[quantization]'`)"
     else:
-        reason = f"The checkpoint's run held the increments in the weights, and this one needs W0 in {_listed(others)}"
+        reason = f"The checkpoint's run held the increments in the weights, and this one needs W0 in {listed(others)}"
         # what each step was rounded by stays in W0
         remedy, with_error = "use the `gradient` of the run that was saved", "and gives them back with an error"
     if exact:
@@ -174,7 +184,7 @@ def _put_base_back(
         )
     if absent := [key for key in others if key not in state]:
         raise LoRAError(
-            f"The checkpoint was trained on other weights than this module has in {_listed(absent)}, and does not hold"
+            f"The checkpoint was trained on other weights than this module has in {listed(absent)}, and does not hold"
             " them: the module's `state_dict()`, or a hook, left them out. Build the module on the same pretrained"
             " weights."
         )
@@ -207,7 +217,7 @@ def _keep_quantized(state: State, payload: State, stored: Mapping[str, Storage])
     others = [key for key in stored if key in adapted or not stored[key].has(payload["base"].get(key, ""))]
     if others:
         raise LoRAError(
-            f"{_listed(others)} of this module are quantised, and cannot hold the increments in the checkpoint. To"
+            f"{listed(others)} of this module are quantised, and cannot hold the increments in the checkpoint. To"
             " evaluate it, load a file of `checkpoint='merged'` into the plain module, and quantise that if you like;"
             " or give it to the Trainer that ran `fit`, whose module is plain now."
         )
@@ -219,14 +229,14 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
     here = {place.name: place.adapter for place in found}
     if missing := [name for name in saved if name not in here]:
         raise LoRAError(
-            f"The checkpoint has adapters for {_listed(missing)}, which this run does not adapt. Give the callback the"
+            f"The checkpoint has adapters for {listed(missing)}, which this run does not adapt. Give the callback the"
             " options of the run that was saved."
         )
     idle = set(payload.get("idle", ()))
     if new := [name for name in here if name not in saved and name not in idle]:
         old = " In version 0.1.0 the default was `target_modules='all-linear'`." if payload["version"] == 1 else ""
         raise LoRAError(
-            f"This run adapts {_listed(new)}, for which the checkpoint has no adapters. Give the callback the options"
+            f"This run adapts {listed(new)}, for which the checkpoint has no adapters. Give the callback the options"
             f" of the run that was saved.{old}"
         )
     for name, entry in saved.items():
@@ -261,8 +271,8 @@ def _check_same_adapters(payload: State, module: nn.Module, found: list[Place]) 
     # what the module's own hooks train besides is no reason: a merged file has all weights
     if set(names) != set(payload["trained"]) and not (same and payload["form"] == "merged"):
         raise LoRAError(
-            f"Besides the adapters, the checkpoint trained {_listed(payload['trained'])} and this run trains"
-            f" {_listed(names)}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
+            f"Besides the adapters, the checkpoint trained {listed(payload['trained'])} and this run trains"
+            f" {listed(names)}. Give the callback the `bias` and `modules_to_save` of the run that was saved."
         )
 
 
@@ -274,15 +284,16 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in sorted(tensors)}
 
 
-def _cast(weight: Any, expected: str) -> Tensor | None:
-    """``weight`` in the dtype of the fingerprint ``expected``, as a precision may cast it later; None if it cannot."""
+def cast_to_match(weight: Any, expected: str) -> Tensor | None:
+    """Return ``weight`` in the dtype of the fingerprint ``expected``, as a precision may cast it; None if it differs."""
     dtype = dtype_of(expected)
     if not isinstance(weight, Tensor) or not (dtype == weight.dtype or (dtype in NUMBERS and weight.dtype in NUMBERS)):
         return None
-    return weight.to(dtype)
+    weight = weight.to(dtype)
+    return weight if fingerprint(weight) == expected else None
 
 
-def _listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     shown = ", ".join(map(repr, names[:most])) or "nothing"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

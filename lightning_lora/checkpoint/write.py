@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
-from lightning_lora.checkpoint.format import VERSION, State, weight_key
+from lightning_lora.checkpoint.format import NOTICE, VERSION, State, weight_key
 from lightning_lora.injection.inject import places, trained_besides
 from lightning_lora.injection.naming import state_key
 from lightning_lora.injection.options import Options
@@ -86,6 +87,7 @@ def make_plain(state: State, payload: State, stored: Mapping[str, Storage], modu
     if payload["form"] == "adapter":
         for key in payload["base"]:
             state.pop(key, None)
+        state[NOTICE] = torch.empty(0)
         return
     adapters = {} if module is None else {place.key: place.adapter for place in places(module)}
     for key in stored.keys() & state.keys():

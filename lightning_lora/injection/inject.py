@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -71,6 +71,9 @@ class Place:
         return {f"{self.factors}{name}": p for name, p in self.adapter.trained.items()}
 
 
+LOADED = "lora_loaded"
+"""The attribute of a module that keeps the named adapters which were loaded into it."""
+
 INJECTED_BY_CALLBACK: ContextVar[Options | None] = ContextVar("INJECTED_BY_CALLBACK", default=None)
 """Options that the callback has injected before the module's ``configure_model``, while that runs."""
 
@@ -132,14 +135,9 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             padding_idx = None if tied else getattr(target.module, "padding_idx", None)
             made[target.name] = _make(target, options, holds, padding_idx)
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    rescales = DECOMPOSITIONS[options.decomposition].rescales
     try:
         for own in owners.values():
-            host, names = own[0].module, {target.parameter: made[target.name] for target in own}
-            # a weight that is tied to an embedding's is stored the other way round than its own layer takes it
-            is_own = list(names) == ["weight"] and names["weight"].transposed == is_transposed(host)
-            forward = exact_forward(host, options.gradient, rescales) if is_own else None
-            adopt(host, names, forward, read=storage_of(host) is None)
+            carry(own[0].module, {target.parameter: made[target.name] for target in own}, options.gradient)
         injection = _finish(module, options, found, made, flags)
     except BaseException:
         take_out(module)
@@ -149,6 +147,14 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
     for message in found.warnings:
         warn(message)
     return injection
+
+
+def carry(host: nn.Module, adapters: Mapping[str, Adapter], gradient: str) -> None:
+    """Make ``host`` carry ``adapters``, named by its parameters, with the best forward that is right."""
+    # a weight that is tied to an embedding's is stored the other way round than its own layer takes it
+    is_own = list(adapters) == ["weight"] and adapters["weight"].transposed == is_transposed(host)
+    forward = exact_forward(host, gradient, adapters["weight"].rescales) if is_own else None
+    adopt(host, adapters, forward, read=storage_of(host) is None)
 
 
 def _finish(
@@ -161,18 +167,28 @@ def _finish(
         trained=found.trained,
         frozen=[name for name, flag in flags.items() if flag and name not in found.trained],
         thawed=[name for name in found.trained if not flags[name]],
-        unnested=[
-            name
-            for name, child in module.named_modules()
-            if isinstance(child, nn.TransformerEncoder) and child.use_nested_tensor and not _may_nest(child)
-        ],
-        kept=[name for name, child in module.named_modules() if child.__dict__.get(REWRITES)],
+        unnested=unnested(module),
+        kept=kept(module),
         left_out=found.left_out,
         asked={target.name: target.asked for target in found.adapted},
     )
-    _set_flags(module, injection, adapted=True)
+    set_flags(module, injection, adapted=True)
     module.lora_injection = injection  # type: ignore[assignment]
     return injection
+
+
+def unnested(module: nn.Module) -> list[str]:
+    """Return the names of the ``nn.TransformerEncoder``s that must not use nested tensors while there are adapters."""
+    return [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.TransformerEncoder) and child.use_nested_tensor and not _may_nest(child)
+    ]
+
+
+def kept(module: nn.Module) -> list[str]:
+    """Return the names of quantised layers that would rewrite their weight in an evaluation."""
+    return [name for name, child in module.named_modules() if child.__dict__.get(REWRITES)]
 
 
 def _may_nest(encoder: nn.TransformerEncoder) -> bool:
@@ -270,7 +286,7 @@ def disabled(module: nn.Module) -> Iterator[None]:
         ...     torch.equal(module(x), before)
         True
     """
-    found = _distinct(module)
+    found = distinct_places(module)
     held = [(place.weight, place.weight.detach().clone(), place.adapter) for place in found if place.adapter.holds]
     with torch.no_grad():
         for weight, _, adapter in held:
@@ -300,7 +316,7 @@ def merged(module: nn.Module) -> Iterator[None]:
     Raises:
         LoRAError: If ``module`` has no adapters.
     """
-    found = _distinct(module)
+    found = distinct_places(module)
     if not found:
         raise LoRAError(f"{type(module).__name__} has no adapters to merge.")
     before = [(place.weight, place.weight.detach().clone(), place.adapter) for place in found]
@@ -314,7 +330,7 @@ def merged(module: nn.Module) -> Iterator[None]:
     for host, *_ in hosts:
         release(host)
     for owner, injection in owners:
-        _set_flags(owner, injection, adapted=False)
+        set_flags(owner, injection, adapted=False)
     try:
         yield
     finally:
@@ -322,7 +338,7 @@ def merged(module: nn.Module) -> Iterator[None]:
             (vars(host) if hidden else host._modules)["lora"] = lora
             host.__class__ = kind
         for owner, injection in owners:
-            _set_flags(owner, injection, adapted=True)
+            set_flags(owner, injection, adapted=True)
         with torch.no_grad():
             for (weight, bits, adapter), was in zip(before, merged_bits, strict=True):
                 if torch.equal(weight, was):
@@ -362,7 +378,7 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _distinct(module: nn.Module) -> list[Place]:
+def distinct_places(module: nn.Module) -> list[Place]:
     """Return one place of each adapter."""
     return list({id(place.adapter): place for place in places(module)}.values())
 
@@ -374,7 +390,9 @@ def take_out(module: nn.Module) -> None:
             release(child)
     for owner in module.modules():
         if (injection := owner.__dict__.pop("lora_injection", None)) is not None:
-            _set_flags(owner, injection, adapted=False)
+            set_flags(owner, injection, adapted=False)
+        if (loaded := owner.__dict__.pop(LOADED, None)) is not None:
+            set_flags(owner, loaded.injection, adapted=False)
 
 
 def adapters(module: nn.Module) -> dict[str, Adapter]:
@@ -484,7 +502,8 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _set_flags(module: nn.Module, injection: Injection, adapted: bool) -> None:
+def set_flags(module: nn.Module, injection: Injection, adapted: bool) -> None:
+    """Set what ``injection`` changes in ``module`` besides classes, or put it back."""
     for names, flag in ((injection.frozen, not adapted), (injection.thawed, adapted)):
         for name in names:
             _parameter(module, name).requires_grad = flag  # the method is not to be had of a lazy one

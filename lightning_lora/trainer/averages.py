@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lora._compat import average_model
 from lightning_lora.checkpoint import read, write
-from lightning_lora.checkpoint.format import KEY, VERSION, State
+from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError
 from lightning_lora.hosts.view import present_merged
 from lightning_lora.injection.inject import adapters, places
@@ -109,5 +109,5 @@ class Averages:
     def restore(self) -> None:
         """Give the average its adapters, after the callback has loaded its weights."""
         if self._entries:
-            read.restore_adapters(self._average().module, {"adapters": self._entries, "version": VERSION})
+            read.restore_adapters(self._average().module, {"adapters": self._entries})
             self._entries = {}

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_lora.callback import LoRA
+    from lightning_lora.trainer.adapter_log import AdapterLog
 
 RUNS: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 """Module -> the run that it is in."""
@@ -99,6 +100,7 @@ class Run:
         """Optimizer states of a file of format 1, which are to be put in today's order."""
         self.handles: list[Handle] = []
         self.meter: MemoryMeter | None = None
+        self.adapter_log: AdapterLog | None = None
         self.averages = Averages(trainer)
         self._adapted: dict[Tensor, str] = {}
         """Adapted weights, with the names of their adapters."""

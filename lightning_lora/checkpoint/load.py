@@ -1,0 +1,417 @@
+"""Loads adapters from files into a module for inference: several under names, one in use at a time, and their sums.
+
+Outside of a Trainer, a module with loaded adapters keeps W0 in its parameters; choosing an adapter exchanges classes
+and copies only what was trained in full, such as a head. So any number of adapters share one copy of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.checkpoint.format import KEY, NOTICE, State, check_format, check_weights, damage, weight_key
+from lightning_lora.checkpoint.read import cast_to_match, listed, tensors_of
+from lightning_lora.errors import LoRAError, warn
+from lightning_lora.hosts import Host, release
+from lightning_lora.injection.inject import (
+    LOADED,
+    Injection,
+    adapters,
+    carry,
+    kept,
+    set_flags,
+    unnested,
+)
+from lightning_lora.injection.naming import plain_name, unwrapped
+from lightning_lora.injection.options import Options
+from lightning_lora.weights import sharded
+from lightning_lora.weights.quantized import storages
+
+File = str | os.PathLike[str] | Mapping[str, Any]
+CLOSE = 0.01
+"""How far, as a share of what was learned, W0 + increment may be from the merged weight in a file."""
+
+
+@dataclasses.dataclass
+class NamedAdapter:
+    """What one file makes of a module."""
+
+    adapters: dict[str, Adapter]
+    """Name of an adapted parameter -> its adapter."""
+    others: dict[str, Tensor]
+    """Name of a parameter or buffer -> what stands in its place: what was trained in full, running statistics."""
+
+
+@dataclasses.dataclass
+class Loaded:
+    """The named adapters of a module, kept on it as ``lora_loaded``."""
+
+    named: dict[str, NamedAdapter] = dataclasses.field(default_factory=dict)
+    active: str | None = None
+    before: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """The module's own tensors, while others of the active adapter stand in their places."""
+    injection: Injection = dataclasses.field(default_factory=lambda: _flags([], []))
+    """What is changed in the module besides its classes."""
+
+
+def load_adapter(module: nn.Module, file: File, name: str = "default") -> list[str]:
+    """Put the adapters of a checkpoint into ``module`` for inference, under ``name``, and use them.
+
+    The module has to hold the pretrained weights W0, which fingerprints in the file tell. Of a file of
+    ``checkpoint="merged"`` it may hold the merged weights instead, as after ``load_from_checkpoint``: then they become
+    W0 = W - increment, up to rounding, with a warning that bounds the error. Weights that are neither are an error, as
+    other adapters of the module stand on them. What the file has besides, such as a new head, a bias or running
+    statistics, stands in the module while this adapter is in use.
+
+    Args:
+        module: One of the class that was trained. It keeps its parameters; they are W0.
+        file: A checkpoint of a run with ``LoRA``; its path, or what ``torch.load`` has made of it. A path is read with
+            ``weights_only=True``.
+        name: For :func:`set_adapter` and :func:`combine_adapters`.
+
+    Returns:
+        The names of what is adapted, as by :func:`~lightning_lora.adapters`.
+
+    Raises:
+        LoRAError: If the file has no adapters or is damaged, if they are not for the weights that ``module`` holds, if
+            ``name`` is taken, or ``module`` is being trained or sharded. In each case it is as it was.
+        ValueError: If the adapters in the file are malformed.
+
+    Example::
+
+        >>> model = Model.load_from_checkpoint("pretrained.ckpt")  # doctest: +SKIP
+        >>> load_adapter(model, "french.ckpt", "french")  # doctest: +SKIP
+        >>> load_adapter(model, "german.ckpt", "german")  # doctest: +SKIP
+        >>> set_adapter(model, "french")  # doctest: +SKIP
+    """
+    module = unwrapped(module)
+    loaded = _loaded(module)
+    if not isinstance(name, str) or not name:
+        raise LoRAError(f"The name of an adapter is a text, got {name!r}. None is the base function.")
+    if name in loaded.named:
+        raise LoRAError(f"The module has an adapter called {name!r}. Give this one another `name`.")
+    if sharded.is_sharded(module):
+        raise LoRAError("The module is sharded. Load adapters before `fully_shard`, or `merge` them into the weights.")
+    checkpoint = read_checkpoint(file)
+    payload, state = payload_of(checkpoint), plain_state(checkpoint)
+    active = loaded.active
+    set_adapter(module, None)
+    try:
+        new, merged_weights = _resolve(module, payload, state)
+    except BaseException:
+        set_adapter(module, active)
+        raise
+    _recover(module, new, merged_weights)
+    vars(module)[LOADED] = loaded
+    loaded.named[name] = new
+    set_adapter(module, name)
+    return list(adapters(module))
+
+
+@torch.no_grad()
+def set_adapter(module: nn.Module, name: str | None) -> None:
+    """Have ``module`` compute with the adapter called ``name``; with None, the base function, as a plain module.
+
+    No weight is copied, but for what the adapter has trained in full.
+
+    Args:
+        module: One that has adapters by :func:`load_adapter`.
+        name: Of one of them, or None.
+
+    Raises:
+        LoRAError: If there is no such adapter, or ``module`` has others, which are being trained.
+    """
+    module = unwrapped(module)
+    loaded = _loaded(module)
+    if name is not None:
+        _check_names(loaded, [name])
+    tensors = {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
+    for key, value in loaded.before.items():
+        tensors[key].copy_(value)
+    for child in list(module.modules()):
+        if isinstance(child, Host):
+            release(child)
+    set_flags(module, loaded.injection, adapted=False)
+    loaded.active, loaded.before, loaded.injection = name, {}, _flags([], [])
+    if name is None:
+        return
+    chosen = loaded.named[name]
+    weights = dict(_parameters(module))
+    by_weight = {weights[key]: adapter for key, adapter in chosen.adapters.items()}
+    for weight, adapter in by_weight.items():
+        adapter.to(weight.device)
+    for host, names in _places(module, by_weight).items():
+        carry(host, {parameter: by_weight[weight] for parameter, weight in names.items()}, "factored")
+    loaded.before = {key: tensors[key].clone() for key in chosen.others}
+    for key, value in chosen.others.items():
+        tensors[key].copy_(value)
+    loaded.injection = _flags(unnested(module), kept(module))
+    set_flags(module, loaded.injection, adapted=True)
+
+
+@torch.no_grad()
+def combine_adapters(module: nn.Module, weights: Mapping[str, float], into: str) -> list[str]:
+    """Make the weighted sum of adapters, and use it: W0 + sum_i w_i (W_i - W0).
+
+    The sum is exact: the ranks are stacked, A = [A_1; A_2; ...] and B = [w_1 s_1 B_1; w_2 s_2 B_2; ...], at least in
+    float32. Parameters that were trained in full are summed by their differences from those of the base.
+
+    Args:
+        module: One that has adapters by :func:`load_adapter`.
+        weights: Name of an adapter -> its weight, which may be negative.
+        into: The name of the sum.
+
+    Returns:
+        The names of what is adapted.
+
+    Raises:
+        LoRAError: If an adapter is no increment alone, as DoRA's, or has buffers of its own, such as running statistics;
+            if a weight is no finite number; if a name is unknown, or ``into`` is taken.
+    """
+    module = unwrapped(module)
+    loaded = _loaded(module)
+    if not isinstance(weights, Mapping):
+        raise LoRAError(f"`weights` is a dictionary, name of an adapter -> its weight, got {weights!r}.")
+    _check_names(loaded, weights)
+    if not weights or not all(isinstance(w, int | float) and math.isfinite(w) for w in weights.values()):
+        raise LoRAError(f"`weights` gives each adapter a finite number, got {dict(weights)!r}.")
+    if not isinstance(into, str) or not into or into in loaded.named:
+        raise LoRAError(f"`into` is a name that no adapter of the module has, got {into!r}.")
+    parts = [(weight, loaded.named[name]) for name, weight in weights.items()]
+    for name in weights:
+        if bad := [key for key, adapter in loaded.named[name].adapters.items() if adapter.rescales]:
+            raise LoRAError(
+                f"{name!r} rescales {listed(bad)} ({loaded.named[name].adapters[bad[0]].decomposition}), so its sum"
+                " with others is no low-rank increment. Only products can be combined."
+            )
+        if bad := sorted(loaded.named[name].others.keys() - dict(_parameters(module)).keys()):
+            raise LoRAError(f"{name!r} has other buffers than the module, {listed(bad)}, of which there is no sum.")
+    keys = list(dict.fromkeys(key for _, part in parts for key in part.adapters))
+    summed = {key: _sum([(w, part.adapters[key]) for w, part in parts if key in part.adapters]) for key in keys}
+    active = loaded.active
+    set_adapter(module, None)
+    base = {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
+    others: dict[str, Tensor] = {}
+    for weight, part in parts:
+        for key, value in part.others.items():
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            own = base[key].to(dtype)
+            others[key] = others.get(key, own) + weight * (value.to(own) - own)
+    set_adapter(module, active)
+    loaded.named[into] = NamedAdapter(summed, others)
+    set_adapter(module, into)
+    return list(adapters(module))
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+def read_checkpoint(file: File) -> Mapping[str, Any]:
+    """Return the dictionary in ``file``, read on the CPU as tensors and primitives only; or ``file``, if it is one.
+
+    Raises:
+        LoRAError: If the file is damaged, or holds other objects.
+    """
+    if isinstance(file, Mapping):
+        return file
+    path = os.fspath(file)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise LoRAError(
+            f"{path!r} is {damage(path) or 'no file of tensors and primitives alone'}. If you trust it, give"
+            " `torch.load(file, map_location='cpu', weights_only=False)` instead of its path."
+        ) from error
+    except Exception as error:  # whatever is raised for files that make no sense
+        raise LoRAError(f"{path!r} is {damage(path) or 'no checkpoint'}: {error}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise LoRAError(f"{path!r} holds a {type(checkpoint).__name__}, no checkpoint.")
+    return checkpoint
+
+
+def payload_of(checkpoint: Mapping[str, Any]) -> State:
+    """Return what ``checkpoint`` says of adapters, checked; of the average, where its ``state_dict`` is one.
+
+    Raises:
+        LoRAError: If it has none.
+        ValueError: If they are malformed.
+    """
+    payload: Any = checkpoint.get(KEY)
+    if payload is None:
+        raise LoRAError(
+            f"The file has no entry {KEY!r}, so it was not written by a run with the LoRA callback and has no adapters."
+        )
+    if isinstance(payload, Mapping) and "average" in payload:
+        payload = {**payload, "adapters": payload["average"]}
+    check_format(payload)
+    return payload
+
+
+def plain_state(checkpoint: Mapping[str, Any]) -> State:
+    """Return the tensors in the ``state_dict`` of ``checkpoint``, named as in a module that is not compiled."""
+    state = checkpoint.get("state_dict")
+    state = state if isinstance(state, Mapping) else {}
+    return {plain_name(key): t for key, t in state.items() if isinstance(t, Tensor) and key != NOTICE}
+
+
+def _resolve(module: nn.Module, payload: State, state: State) -> tuple[NamedAdapter, dict[str, Tensor]]:
+    """Return what the file makes of ``module``, and its merged weights where ``module`` holds these.
+
+    Nothing is changed.
+    """
+    current = {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
+    stored = {plain_name(key): storage for key, storage in storages(module).items()}
+    base = {plain_name(key): expected for key, expected in payload["base"].items()}
+    check_weights(payload, state, current, stored)
+    parameters = dict(_parameters(module))
+    first = {parameter: key for key, parameter in reversed(list(parameters.items()))}
+    found: dict[str, Adapter] = {}
+    merged_weights: dict[str, Tensor] = {}
+    strange: list[str] = []
+    for name, entry in payload["adapters"].items():
+        key = weight_key(name, parameters)
+        if key not in parameters:
+            raise LoRAError(f"The file has an adapter for {name!r}, and {type(module).__name__} has no such weight.")
+        if entry["resample"] is not None:
+            raise LoRAError(
+                f"The projections of {name!r} were drawn anew while training, and what was learned before the last"
+                " draw is in the merged weights alone. Load the file as a plain checkpoint."
+            )
+        weight = parameters[key]
+        if first[weight] in found:
+            raise LoRAError(f"The file has two adapters for {name!r}, whose weight stands in two places.")
+        adapter = Adapter.from_state({k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()})
+        adapter.requires_grad_(False)
+        found[first[weight]] = adapter
+        expected, W = base.get(key, ""), state.get(key)
+        if key in stored:
+            if not stored[key].has(expected):
+                strange.append(key)
+        elif cast_to_match(weight.detach(), expected) is None:
+            if W is not None and _is_same(W, weight):
+                merged_weights[first[weight]] = W
+            elif W is None or not _is_base(adapter, weight, W):
+                strange.append(key)
+    adapted = {parameters[key] for key in found}
+    for key, expected in base.items():
+        if parameters.get(key) not in adapted:
+            matches = (
+                stored[key].has(expected) if key in stored else cast_to_match(current.get(key), expected) is not None
+            )
+            strange += [] if matches else [key]
+    if strange:
+        how = "the weights that it was trained on"
+        if payload["form"] == "merged":
+            how += ", or the file's own, by `load_state_dict` of its `state_dict`"
+        raise LoRAError(f"{listed(strange)} of this module are not what the adapter stands on. Load {how}, first.")
+    others = {k: v for k, v in state.items() if k not in stored and parameters.get(k) not in adapted}
+    for key, value in others.items():
+        if key not in current or current[key].shape != value.shape:
+            here = "has none" if key not in current else f"has the shape {tuple(current[key].shape)} there"
+            raise LoRAError(f"The file has {key!r} of the shape {tuple(value.shape)}, and the module {here}.")
+    return NamedAdapter(found, {k: v.clone() for k, v in others.items() if not _is_same(v, current[k])}), merged_weights
+
+
+def _is_same(value: Tensor, weight: Tensor) -> bool:
+    """Return whether ``weight`` is ``value``, bit for bit in the dtype of ``value``."""
+    return value.shape == weight.shape and torch.equal(weight.detach().to(value), value)
+
+
+@torch.no_grad()
+def _is_base(adapter: Adapter, weight: Tensor, W: Tensor) -> bool:
+    """Return whether ``weight`` is W0 up to rounding: with the increment it is nearly W, compared with what it lacks."""
+    W, own = W.to(weight.device, torch.float64), weight.double()
+    there = adapter.to(weight.device).folded_into(own)
+    return bool((there - W).norm() <= CLOSE * (own - W).norm())
+
+
+@torch.no_grad()
+def _recover(module: nn.Module, new: NamedAdapter, merged_weights: Mapping[str, Tensor]) -> None:
+    """Take the increments out of the merged weights that ``module`` holds."""
+    parameters, bound = dict(_parameters(module)), 0.0
+    for key in merged_weights:
+        base, error = new.adapters[key].to(parameters[key].device).folded_out_of(parameters[key])
+        parameters[key].copy_(base)
+        bound = max(bound, 1.05 * error)
+    if bound:
+        warn(
+            f"The module held the merged weights of the file, so W0 was recovered from them, with an error of at most"
+            f" {bound:.1e} in any entry. Load adapters into the pretrained weights to have them exactly."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- modules
+
+
+def _loaded(module: nn.Module) -> Loaded:
+    """Return the named adapters of ``module``, none if there are none.
+
+    Raises:
+        LoRAError: If it has other adapters.
+    """
+    loaded: Loaded = vars(module).get(LOADED) or Loaded()
+    mine = {id(a) for a in loaded.named[loaded.active].adapters.values()} if loaded.active is not None else set()
+    if {id(adapter) for adapter in adapters(module).values()} - mine:
+        raise LoRAError(
+            f"{type(module).__name__} has adapters of its own, as those of `inject` or of a run. `merge` them first, or"
+            " load into another module with the same weights."
+        )
+    return loaded
+
+
+def _check_names(loaded: Loaded, names: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in loaded.named]:
+        raise LoRAError(f"The module has no adapter called {unknown[0]!r}; it has {listed(loaded.named)}.")
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(plain_name(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
+
+
+def _places(module: nn.Module, weights: Mapping[Any, Any]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Return each module in which ``weights`` stand, with the names that they have there."""
+    found: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter in weights:
+                found.setdefault(child, {})[name] = parameter
+    return found
+
+
+def _sum(parts: list[tuple[float, Adapter]]) -> Adapter:
+    """Return the product that is the weighted sum of ``parts``, of one weight."""
+    increments = [adapter.increment() for _, adapter in parts]
+    dtype = torch.float32
+    for A, _ in increments:
+        dtype = torch.promote_types(dtype, A.dtype)
+    device, like = increments[0][0].device, parts[0][1]
+    A = torch.cat([A.to(device, dtype) for A, _ in increments], -2)
+    scaled = zip(parts, increments, strict=True)
+    B = torch.cat([weight * adapter.scale * B.to(device, dtype) for (weight, adapter), (_, B) in scaled], -2)
+    adapter = Adapter(A, B, like.shape, transposed=like.transposed)
+    return adapter.requires_grad_(False)
+
+
+def _flags(unnested: list[str], kept: list[str]) -> Injection:
+    return Injection(
+        options=Options(),
+        adapted=[],
+        trained=[],
+        frozen=[],
+        thawed=[],
+        unnested=unnested,
+        kept=kept,
+        left_out=[],
+        asked={},
+    )
