@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ TUNING_SEEDS = (100, 101)
 """None of the seeds that are reported."""
 MIDDLE = {"AdamW": -6, "SGD": -3}
 """Where a search begins, in half decades: 0.001 and 0.032."""
-WIDEST = 9
-"""No search takes more rates."""
 
 
 def _anew(form: str, every: int, rank: int = 8) -> dict[str, Any]:
@@ -58,15 +56,34 @@ class Plan:
         seeds: Of the runs that are reported.
         steps: Of each run.
         tuning_seeds: Of the runs that choose the rate.
+        widest: The most rates that a search takes.
+        only: The methods that are run; None for all.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = STEPS
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    widest: int = 9
+    only: tuple[str, ...] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """True if nothing is left out."""
+        return self.only is None
+
+    def has(self, names: Iterable[str]) -> bool:
+        """True if all of the methods ``names`` are run."""
+        return self.only is None or set(names) <= set(self.only)
 
 
 FULL = Plan()
-QUICK = Plan(seeds=(0, 1), steps=24, tuning_seeds=TUNING_SEEDS[:1])
+QUICK = Plan(
+    seeds=(0, 1),
+    steps=16,
+    tuning_seeds=TUNING_SEEDS[:1],
+    widest=3,
+    only=("full", LOW, "LoRA r=1", "LoRA r=8", "anew A k=1", "additive r=1", "symmetric r=8", "SGD full"),
+)
 
 
 def rate(k: int) -> float:
@@ -74,7 +91,7 @@ def rate(k: int) -> float:
     return float(f"{10 ** (k / 2):.2g}")
 
 
-def search(loss: Callable[[float], float], middle: int) -> dict[str, Any]:
+def search(loss: Callable[[float], float], middle: int, widest: int) -> dict[str, Any]:
     """Find the rate of the least loss that has worse ones on both sides.
 
     Three rates around the middle are tried; then one more on the side of the best, until the best is at no edge.
@@ -82,12 +99,13 @@ def search(loss: Callable[[float], float], middle: int) -> dict[str, Any]:
     Args:
         loss: Of a rate; infinite if it diverges.
         middle: Where to begin, in half decades.
+        widest: The most rates that are tried.
 
     Returns:
         ``rates`` and ``losses``, by rising rate; ``best``, a rate; ``at_edge``, True if the search ran out.
     """
     tried = {k: loss(rate(k)) for k in (middle - 1, middle, middle + 1)}
-    while len(tried) < WIDEST:
+    while len(tried) < widest:
         best = min(tried, key=lambda k: (tried[k], k))
         if min(tried) < best < max(tried):
             break
@@ -110,7 +128,7 @@ def tune(name: str, plan: Plan) -> dict[str, Any]:
         losses = [final_loss(method, lr, seed, plan.steps) for seed in plan.tuning_seeds]
         return sum(losses) / len(losses)
 
-    return search(loss, MIDDLE[method.optimizer])
+    return search(loss, MIDDLE[method.optimizer], plan.widest)
 
 
 def run_cell(name: str, lr: float, seed: int, plan: Plan) -> dict[str, Any]:
