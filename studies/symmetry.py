@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_lora import adapters
 from studies.cells import Cell, Results
@@ -43,20 +44,21 @@ def second_order(optimizer: str, init: str, rank: int, lr: float, seed: int, ste
             return {**result, "diverged": True}
         if read:
             first, second = parts(adaptation, before)
-            for name, value in {"step": step, "first": first, "second": second, "new_loss": loss}.items():
+            values = {"step": step, "first": norm(first), "second": norm(second), "new_loss": loss}
+            for name, value in values.items():
                 result[name].append(value)
     return result
 
 
 @torch.no_grad()
-def parts(adaptation: Adaptation, before: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
-    """Return the norms of both parts of the step from ``before``, A and B of each adapter, to what these are now."""
+def parts(adaptation: Adaptation, before: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return both parts (m, n) of the step from ``before``, A and B of each adapter, to what these are now."""
     first, second = [], []
     for (A, B), adapter in zip(before, adapters(adaptation.model).values(), strict=True):
         dA, dB = adapter.A - A, adapter.B - B
         first.append(adapter.scale * (dB.T @ A + B.T @ dA))
         second.append(adapter.scale * (dB.T @ dA))
-    return norm(first), norm(second)
+    return first, second
 
 
 PAIRS = (
