@@ -21,7 +21,7 @@ from lightning_lora import attach, inject
 from studies.cells import Cell, Results
 from studies.methods import Plan
 
-SHAPES = ((512, 512, 512), (1024, 768, 3072), (128, 4096, 4096))
+SHAPES = ((512, 512, 512), (256, 768, 3072), (64, 2048, 2048))
 """b, n, m."""
 
 

@@ -186,7 +186,6 @@ def main() -> None:
         before = sum(task.loss(start.model.eval(), batch).item() for batch in batches) / len(batches)
     task.pretrained.train()
     print(f"held-out loss before: {before:.4f}", flush=True)
-    environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     result: dict[str, Any] = {
         "steps": arguments.steps,
         "before": before,
