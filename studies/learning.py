@@ -1,7 +1,7 @@
 """What is learned: final loss and loss curves of the variants of LoRA, and of projections drawn anew.
 
-    python benchmarks/learning.py --study variants --task lm --json docs/benchmarks/learning_variants_lm.json
-    python benchmarks/learning.py --study resampling --task lm --json docs/benchmarks/learning_resampling_lm.json
+    python -m studies.learning --study variants --task lm --json docs/benchmarks/learning_variants_lm.json
+    python -m studies.learning --study resampling --task lm --json docs/benchmarks/learning_resampling_lm.json
 
 ``variants``: every decomposition and start, AdamW, as many trained parameters as a product of rank 8 has, or the
 nearest number below. ``resampling``: plain SGD for full fine-tuning, fixed LoRA, and both ways to draw anew. The
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import environment
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -187,7 +186,13 @@ def main() -> None:
         before = sum(task.loss(start.model.eval(), batch).item() for batch in batches) / len(batches)
     task.pretrained.train()
     print(f"held-out loss before: {before:.4f}", flush=True)
-    result: dict[str, Any] = {"steps": arguments.steps, "before": before, **environment(), "methods": {}}
+    result: dict[str, Any] = {
+        "steps": arguments.steps,
+        "before": before,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "methods": {},
+    }
     if arguments.only and arguments.json and arguments.json.exists():
         result["methods"] = json.loads(arguments.json.read_text())["methods"]
     for name, options in methods.items():
