@@ -497,9 +497,8 @@ class Adapter(nn.Module):
         if self.resample == "A":
             self.draw()
         tensors = {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
-        if self.padding_idx is not None:
-            tensors["A"] = tensors["A"].clone()
-            self._clear_padding(tensors["A"])
+        if self.resample == "A":
+            self._clear_padding(tensors["A"])  # in a file it is all drawn
         return tensors
 
     def remember(self, weight: str) -> None:
