@@ -60,8 +60,12 @@ class DoRA(Adapter, decomposition="dora"):
 
     def _squares_of_base(self, weight: Tensor, W0: Tensor) -> Tensor:
         """||W0||^2 of each row, computed once for ``weight`` and again when it was written to; ``W0`` is its matrix."""
-        plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
-        if torch.compiler.is_compiling() or is_transformed() or not plain:
+        if (
+            torch.compiler.is_compiling()
+            or is_transformed()
+            or type(weight) not in (Tensor, nn.Parameter)
+            or weight.is_inference()
+        ):
             return torch.linalg.vector_norm(W0, dim=-1).square()
         seen = id(weight), weight.data_ptr(), weight._version, W0.dtype
         if self._base is None or self._base[0] != seen:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lora._compat import average_model
 from lightning_lora.checkpoint import read, write
-from lightning_lora.checkpoint.format import KEY, State
+from lightning_lora.checkpoint.format import KEY, NOTICE, State
 from lightning_lora.errors import LoRAError
 from lightning_lora.hosts.view import present_merged
 from lightning_lora.injection.inject import adapters, places
@@ -104,6 +104,7 @@ class Averages:
             checkpoint[CURRENT] = current = checkpoint["state_dict"]
             frozen = {place.key: current[place.key] for place in places(module) if place.key in current}
             checkpoint["state_dict"] = {**current, **averaged, **frozen}  # a file of adapters lacks what is frozen
+            checkpoint["state_dict"].pop(NOTICE, None)
             self._entries = payload["average"]
 
     def restore(self) -> None:
