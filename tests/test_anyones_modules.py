@@ -460,3 +460,32 @@ def test_an_error_in_the_search_for_a_rate_leaves_the_module_plain(way, tmp_path
     with pytest.raises(Exception, match="optimizer"):
         search(model, data())
     assert (structure(model), digest(model.state_dict())) == (before, bits)
+
+
+# ------------------------------------------------------------------------- code that goes through what is trained
+
+
+class PerturbsByHand(WithEncoder):
+    """Takes the norm of all gradients, as SAM by hand does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.norm = torch.stack([p.grad.norm() for p in self.parameters() if p.requires_grad]).norm()
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_code_that_finds_no_trained_parameter_is_told_of_the_mode_in_which_it_does(gradient, tmp_path):
+    model = PerturbsByHand()
+    run = trainer(tmp_path, LoRA(rank=2, gradient=gradient))
+    if gradient == "factored":
+        run.fit(model, data())
+        assert model.norm > 0
+        return
+    with pytest.raises(LoRAError, match=r"perturbations by hand .*`gradient='factored'`, in which they are"):
+        run.fit(model, data())
+    assert not adapters(model)

@@ -229,6 +229,11 @@ def explain(exception: BaseException, hidden: bool) -> str | None:
             " `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` in its place."
         )
     by_name = isinstance(exception, KeyError | AssertionError)
+    if hidden and "empty" in said:
+        return said + (
+            "If this code goes through the `parameters()` that require gradients, as perturbations by hand do: A and B"
+            " are not among them here. Use `gradient='factored'`, in which they are."
+        )
     if by_name and hidden:
         return said + (
             "If this code goes by `requires_grad`, as shadows do: LoRA freezes the pretrained weights. Use"
