@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"only these, of {', '.join(ROWS)}")
     parser.add_argument("--work", type=Path, help="where the environments go; by default a temporary folder")
     parser.add_argument("--keep", action="store_true", help="keep the environments and the rows' files")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for a row")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for a row")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}")
