@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_lora.errors import LoRAError
+from lightning_lora.cli.files import give_memory_back
 
 EXAMPLES = {
     "merge": ("merge pretrained.safetensors last.ckpt merged.safetensors --root model",),
@@ -17,6 +17,7 @@ EXAMPLES = {
     "export-peft": ("export-peft last.ckpt adapter/ --root model",),
     "diff": ("diff merged.safetensors finetuned.safetensors --tolerance 1e-3",),
 }
+DESCRIPTION = "Work with the files of LoRA runs, without building a model or loading one into memory."
 CODES = "Exit codes: 0 done; 1 the files of diff differ; 2 wrong arguments, or a file that cannot be used."
 CTRL_C = 130
 
@@ -29,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         command, options = _parse(args)
+        give_memory_back()
         return int(command(**options))
     except ModuleNotFoundError as error:
         _fail(f'{error.name} is missing: pip install "lightning-lora[cli]"')
@@ -63,11 +65,13 @@ def _parse(args: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
         "export-peft": commands.export_peft,
         "diff": commands.diff,
     }
-    description = "Work with the files of LoRA runs, without building a model or loading one into memory.\n\nExamples:\n"
+    description = (
+        "Work with the files of LoRA runs, without building a model or loading one into memory.\n\nExamples:\n"
+    )
     lines = "\n".join(f"  lightning-lora {each[0]}" for each in EXAMPLES.values())
     parser = ArgumentParser(
         prog="lightning-lora",
-        description=f"{description}{lines}\n\n{CODES}",
+        description=f"{DESCRIPTION}\n\nExamples:\n{lines}\n\n{CODES}",
         formatter_class=Formatter,
         version=__version__,
     )

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,8 @@ from lightning_lora.weights.digest import digest
 
 TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "MixedPrecision", KEY)
 """What a Lightning checkpoint holds to resume, which a merged one cannot."""
+STATISTICS = ("running_mean", "running_var")
+"""Of normalisations: buffers, which no optimizer trains."""
 EXACT = 1024
 """The smallest side up to which all singular values are computed, instead of the largest by iterations."""
 
@@ -61,7 +63,8 @@ def merge(base: str, adapter: str, out: str, root: str = "", force: bool = False
     around = {key: value for key, value in learned.rest.items() if key not in TRAINING} if lightning else None
     with _progress("merging", planned) as shown:
         files = write(out, shown, around, {**weights.extras, **learned.extras}, weights.shards)
-    _say(f"{files[-1]}: {len(planned)} weights, with the increments of {len(payload['adapters'])} adapters, {_on_disk(files)}")
+    count = len(payload["adapters"])
+    _say(f"{files[-1]}: {len(planned)} weights, with the increments of {count} adapters, {_on_disk(files)}")
     return 0
 
 
@@ -87,16 +90,14 @@ def _merged(
         if key in known and source is not None:
             planned.append(_folded(key, source, known[key], entries.get(key), weights, force))
         else:
-            planned.append(Planned.of(key, learned.weights[key] if source is None else learned.weights.get(key, source)))
+            planned.append(Planned.of(key, learned.weights[key] if key in learned.weights else held[key]))
     if absent:
         hint = "" if held.keys() & spelled.values() else " If BASE is a part of the module, name that by --root."
         raise LoRAError(f"{weights.path} has no weight {absent[0]!r}, and {len(absent) - 1} more are missing.{hint}")
     return planned
 
 
-def _folded(
-    key: str, weight: Tensor, expected: str, entry: State | None, source: WeightFile, force: bool
-) -> Planned:
+def _folded(key: str, weight: Tensor, expected: str, entry: State | None, source: WeightFile, force: bool) -> Planned:
     """Plan ``weight`` of BASE, in the dtype that the run had, with the increment of ``entry``."""
 
     def make() -> Tensor:
@@ -162,7 +163,9 @@ def extract(finetuned: str, base: str, out: str, rank: int = 8, root: str = "") 
         "form": "adapter",
         "options": Options(rank=rank, alpha=rank, target_modules=names or "all").to_primitives(),
         "adapters": entries,
-        "trained": [each.key for each in whole if each.dtype.is_floating_point],
+        "trained": [
+            each.key for each in whole if each.dtype in NUMBERS and each.key.rpartition(".")[2] not in STATISTICS
+        ],
         "idle": [],
         "base": known,
     }
@@ -253,7 +256,9 @@ def _print_adapters(found: WeightFile) -> None:
     if isinstance(options, Mapping):
         shown = ((key, value) for key, value in options.items() if value is not None)
         _say(f"options: {', '.join(f'{key}={reprlib.repr(value)}' for key, value in shown)}")
-    table = _table("adapter", "weight", "rank", "scale", "norm", "effective rank", "rank for 99 %", "size", "fingerprint")
+    table = _table(
+        "adapter", "weight", "rank", "scale", "norm", "effective rank", "rank for 99 %", "size", "fingerprint"
+    )
     for name, entry in payload["adapters"].items():
         tensors = [value for value in entry.values() if isinstance(value, Tensor)]
         measures = ["drawn anew", "", ""]

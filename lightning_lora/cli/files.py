@@ -15,7 +15,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _of_one(file: Path) -> WeightFile:
         raise LoRAError(f"{file} holds no dictionary of weights.")
     lightning = isinstance(loaded.get("state_dict"), Mapping)
     state = loaded["state_dict"] if lightning else loaded
-    tensors = {key: value.detach() for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {k: value.detach() for k, value in state.items() if isinstance(k, str) and isinstance(value, Tensor)}
     extras = {key: value for key, value in state.items() if key not in tensors}
     if not lightning and (not tensors or any(not str(key).endswith("_extra_state") for key in extras)):
         raise LoRAError(f"{file} holds neither a Lightning checkpoint nor a state dict.")
@@ -178,6 +178,12 @@ def release(tensor: Tensor) -> None:
     first, last = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
     if last > first:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), pageout)
+
+
+def give_memory_back() -> None:
+    """Have freed weights return to the system at once: glibc's heap keeps every one, with gaps that fit no other."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: each larger block is mapped for itself
 
 
 @dataclass(frozen=True)
