@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_lora.errors import LoRAError
@@ -138,3 +139,38 @@ def find_buffers_again(module: Any) -> None:
     """Have DistributedDataParallel, which remembers whether there were buffers to synchronise, look for them anew."""
     if isinstance(module, nn.parallel.DistributedDataParallel) and hasattr(module, "_assign_modules_buffers"):
         module._assign_modules_buffers()
+
+
+def save_as_made(value: Any, path: str, made: Iterable[tuple[Tensor, Callable[[], Tensor]]]) -> None:
+    """Write ``value`` as ``torch.save`` does, with weights that are made when their turn comes.
+
+    Args:
+        value: What to write; it holds the placeholders of ``made``.
+        path: Of the file.
+        made: Empty tensors, each with what makes the bytes, (n,), that are written in its place. If torch has no such
+            function any more, all are made first.
+    """
+    writer, save = (getattr(torch.serialization, name, None) for name in ("_open_zipfile_writer", "_save"))
+    if writer is None or save is None:
+        for tensor, make in made:
+            tensor.reshape(-1).view(torch.uint8).copy_(make())
+        torch.save(value, path)
+        return
+    makers = {tensor.data_ptr(): make for tensor, make in made if tensor.numel()}
+
+    class Archive:
+        """The archive that torch writes to, which makes each weight before it is written."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(archive, name)
+
+        def write_record(self, name: str, data: Any, size: int) -> None:
+            if isinstance(data, torch.UntypedStorage) and data.data_ptr() in makers:
+                tensor = makers[data.data_ptr()]()
+                data = tensor.untyped_storage()
+                if data.nbytes() != size:  # it is a part of a file
+                    data = tensor.clone().untyped_storage()
+            archive.write_record(name, data, size)
+
+    with writer(path) as archive:
+        save(value, Archive(), pickle, 2, False)
