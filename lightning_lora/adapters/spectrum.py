@@ -50,9 +50,11 @@ def singular_values(cores: Sequence[Tensor]) -> list[Tensor]:
 def jacobi(matrix: Tensor) -> Tensor:
     """Return the singular values of ``matrix`` (..., p, q), descending, by a fixed number of one-sided Jacobi sweeps.
 
-    Each round rotates q/2 pairs of columns until they are orthogonal, all at once; then all but the first move on by
-    one place, as in a tournament. At the end the values are the norms of the columns.
+    They converge fast from a triangular matrix, transposed (Drmac and Veselic, "New fast and accurate Jacobi SVD
+    algorithm", 2008). Each round rotates q/2 pairs of columns until they are orthogonal, all at once; then all but the
+    first move on by one place, as in a tournament. At the end the values are the norms of the columns.
     """
+    matrix = torch.linalg.qr(matrix, mode="r")[1].mT
     if odd := matrix.shape[-1] % 2:
         matrix = torch.cat([matrix, torch.zeros_like(matrix[..., :1])], -1)
     half = matrix.shape[-1] // 2

@@ -174,8 +174,8 @@ def combine_adapters(module: nn.Module, weights: Mapping[str, float], into: str)
         The names of what is adapted.
 
     Raises:
-        LoRAError: If an adapter is no increment alone, as DoRA's, or has buffers of its own, such as running statistics;
-            if a weight is no finite number; if a name is unknown, or ``into`` is taken.
+        LoRAError: If an adapter is no increment alone, as DoRA's, or has buffers of its own, such as running
+            statistics; if a weight is no finite number; if a name is unknown, or ``into`` is taken.
     """
     module = unwrapped(module)
     loaded = _loaded(module)
@@ -212,7 +212,7 @@ def combine_adapters(module: nn.Module, weights: Mapping[str, float], into: str)
     return list(adapters(module))
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def read_checkpoint(file: File) -> Mapping[str, Any]:
@@ -330,7 +330,7 @@ def _is_same(value: Tensor, weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _is_base(adapter: Adapter, weight: Tensor, W: Tensor) -> bool:
-    """Return whether ``weight`` is W0 up to rounding: with the increment it is nearly W, compared with what it lacks."""
+    """Return whether ``weight`` is W0 up to rounding: with the increment it is W, to a small share of what it lacks."""
     W, own = W.to(weight.device, torch.float64), weight.double()
     there = adapter.to(weight.device).folded_into(own)
     return bool((there - W).norm() <= CLOSE * (own - W).norm())
@@ -351,7 +351,7 @@ def _recover(module: nn.Module, new: NamedAdapter, merged_weights: Mapping[str, 
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- modules
+# -------------------------------------------------------------------------------------------------------------- modules
 
 
 def _loaded(module: nn.Module) -> Loaded:

@@ -285,7 +285,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def cast_to_match(weight: Any, expected: str) -> Tensor | None:
-    """Return ``weight`` in the dtype of the fingerprint ``expected``, as a precision may cast it; None if it differs."""
+    """Return ``weight``, cast as a precision may, if ``expected`` is its fingerprint then; else None."""
     dtype = dtype_of(expected)
     if not isinstance(weight, Tensor) or not (dtype == weight.dtype or (dtype in NUMBERS and weight.dtype in NUMBERS)):
         return None
