@@ -152,8 +152,9 @@ def run(method: Method, lr: float, seed: int, steps: int = STEPS) -> dict[str, A
 
     Returns:
         ``curve``: a list for each of :func:`evaluate`'s values, of ``step``, of ``distance``, the norm of W - W0 over
-        all Linears; shorter ones of :func:`describe_step`'s values at :data:`DESCRIBED`. ``rank``: the effective rank of
-        W - W0 at the end. ``trained``: the number of parameters. ``diverged``, and no curve, if a loss was not finite.
+        all Linears; shorter ones of :func:`describe_step`'s values at :data:`DESCRIBED`. ``rank``: the effective rank
+        of W - W0 at the end. ``trained``: the number of parameters. ``diverged``, and no curve, if a loss was not
+        finite.
     """
     digits = task(seed)
     adaptation = Adaptation(pretrained(seed), method, lr, seed)
