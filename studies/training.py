@@ -19,6 +19,8 @@ from studies.digits import OLD, Task, batches, pretrained, task
 BATCH = 32
 STEPS = 160
 CHECKPOINTS = (0, 1, 2, 4, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50, 65, 80, 100, 130, 160)
+DESCRIBED = (0, 4, 10, 20, 40, 80, 130)
+"""Checkpoints at which the step that follows is described."""
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 
 
@@ -132,9 +134,9 @@ def evaluate(model: nn.Module, digits: Task) -> dict[str, float]:
 
 
 def old_gradient(model: nn.Module, digits: Task, names: Sequence[str]) -> list[Tensor]:
-    """Return the gradient of the old task's loss on its training images, for each of the weights ``names``."""
+    """Return the gradient of the old task's loss on 128 training images, for each of the weights ``names``."""
     model.requires_grad_(True)
-    loss = functional.cross_entropy(model(digits.old_train.x), digits.old_train.y)
+    loss = functional.cross_entropy(model(digits.old_train.x[:128]), digits.old_train.y[:128])
     parameters = dict(model.named_parameters())
     return list(torch.autograd.grad(loss, [parameters[name] for name in names]))
 
@@ -150,8 +152,9 @@ def run(method: Method, lr: float, seed: int, steps: int = STEPS) -> dict[str, A
 
     Returns:
         ``curve``: a list for each of :func:`evaluate`'s values, of ``step``, of ``distance``, the norm of W - W0 over
-        all Linears, and of :func:`describe_step`'s values for the step that follows. ``rank``: the effective rank of
-        W - W0 at the end. ``trained``: the number of parameters. ``diverged``, and no curve, if a loss was not finite.
+        all Linears; shorter ones of :func:`describe_step`'s values at :data:`DESCRIBED`. ``rank``: the effective rank
+        of W - W0 at the end. ``trained``: the number of parameters. ``diverged``, and no curve, if a loss was not
+        finite.
     """
     digits = task(seed)
     adaptation = Adaptation(pretrained(seed), method, lr, seed)
@@ -165,11 +168,11 @@ def run(method: Method, lr: float, seed: int, steps: int = STEPS) -> dict[str, A
             if not math.isfinite(values["new_loss"]):
                 return {"lr": lr, "diverged": True, "trained": adaptation.trained}
         if step < steps:
-            if read:
+            if step in DESCRIBED:
                 before, gradient = adaptation.weights(), old_gradient(adaptation.plain(), digits, adaptation.names)
             adaptation.backward(*order[step])
             adaptation.optimizer.step()
-            if read:
+            if step in DESCRIBED:
                 taken = [after - b for after, b in zip(adaptation.weights(), before, strict=True)]
                 values |= describe_step(taken, gradient)
         if read:
