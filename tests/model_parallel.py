@@ -244,7 +244,7 @@ def fit(
     x = torch.randint(11, (4 * BATCHES, 6), generator=generator)
     dataset = TensorDataset(x, torch.randn(4 * BATCHES, 3, generator=generator))
     sharded = devices > 1 or (isinstance(model.options, dict) and model.shard == "alone")
-    rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
+    rank = int(os.environ.get("LOCAL_RANK", "0")) if devices > 1 else 0
     sampler = DistributedSampler(dataset, num_replicas=devices, rank=rank, shuffle=False)
     strategy = ModelParallelStrategy(devices // split, split, distributed) if sharded else "auto"
     loader = DataLoader(dataset, batch_size=batch // devices, sampler=sampler)

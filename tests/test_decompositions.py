@@ -811,8 +811,10 @@ def test_a_decomposition_of_ones_own_trains_resumes_bitwise_and_merges(gradient,
 @pytest.mark.parametrize("gradient", HOLDING)
 @pytest.mark.parametrize("decomposition", ["product", "dora", "vera"])
 def test_the_roundings_of_different_steps_are_drawn_apart(decomposition, gradient):
-    """200 steps of 1/100 of an ulp: each entry moves by 2 ulps, give or take 1.4. Were the draws of all steps the same,
-    one entry in 100 would move by 200 ulps and the others not at all."""
+    """200 steps of 1/100 of an ulp: each entry moves by 2 ulps, give or take 1.4.
+
+    Were the draws of all steps the same, one entry in 100 would move by 200 ulps and the others not at all.
+    """
     module = nn.Sequential(nn.Linear(32, 32, bias=False)).to(torch.bfloat16)
     module[0].weight.data.fill_(1.0)
     inject(module, rank=1, gradient=gradient, decomposition=decomposition)

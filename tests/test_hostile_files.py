@@ -63,7 +63,7 @@ def saved(kind):
     with torch.no_grad():
         for adapter in adapters(module).values():
             for p in adapter.trained.values():
-                p += torch.randn(p.shape, generator=generator)
+                p.add_(torch.randn(p.shape, generator=generator))
             if adapter.resample:
                 adapter.steps = 5
                 adapter.drawn_at = 4

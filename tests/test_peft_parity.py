@@ -256,8 +256,10 @@ def test_dora_of_convolutions_gives_the_losses_of_peft(gradient):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_pissa_from_its_own_start_gives_the_losses_of_peft(gradient):
-    """Singular vectors may differ in sign, on which Adam's steps do not depend. PEFT stores W0 - s B0 A0 in the place
-    of W0, and gets back what is merged to the rounding of that; ours keeps W0."""
+    """Singular vectors may differ in sign, on which Adam's steps do not depend.
+
+    PEFT stores W0 - s B0 A0 in the place of W0, and gets back what is merged to the rounding of that; ours keeps W0.
+    """
     torch.manual_seed(0)
     base = llama()
     theirs = in_peft(copy.deepcopy(base), r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa")
@@ -273,9 +275,12 @@ def test_pissa_from_its_own_start_gives_the_losses_of_peft(gradient):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_lora_ga_from_the_start_of_peft_gives_its_losses(gradient):
-    """PEFT takes the same singular vectors of the gradient, and then multiplies B by the singular values and leaves A
-    at unit length; the paper (eq. 8) has neither, and both factors scaled by m^(1/4) / sqrt(gamma). So its start is
-    taken over for the losses, and the directions alone are compared with those of ours."""
+    """PEFT takes the same singular vectors of the gradient as we do.
+
+    Then it multiplies B by the singular values and leaves A at unit length; the paper (eq. 8) has neither, and both
+    factors scaled by m^(1/4) / sqrt(gamma). So its start is taken over for the losses, and the directions alone are
+    compared with those of ours.
+    """
     loraga = pytest.importorskip("peft.tuners.lora.loraga", reason="from PEFT 0.19")
     torch.manual_seed(0)
     base = llama()
@@ -323,8 +328,10 @@ def test_lora_ga_from_the_start_of_peft_gives_its_losses(gradient):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("ratio", [4.0, 16.0])
 def test_lora_plus_gives_the_losses_of_pefts_optimizer(ratio, gradient):
-    """PEFT also gives the higher rate to every vector that is trained, such as biases and DoRA's magnitudes; the paper
-    has it for B alone, and so has `lr_ratio`. No such vector is trained here."""
+    """PEFT also gives the higher rate to every vector that is trained, such as biases and DoRA's magnitudes.
+
+    The paper has it for B alone, and so has `lr_ratio`. No such vector is trained here.
+    """
     torch.manual_seed(0)
     base = llama()
     theirs = in_peft(copy.deepcopy(base), r=4, lora_alpha=8, target_modules="all-linear")

@@ -607,8 +607,10 @@ def test_every_optimizer_trains_with_draws(name, moments, resample):
     [2, 4, 5],
 )
 def test_transferred_moments_stay_bounded_up_to_the_rank_of_the_whole_side(rank):
-    """The factor of the smaller side is then square and now and then nearly singular, and what it has projected is not
-    quite in its range: it has been trained since. W stays where it is, so that the gradient is the same throughout.
+    """The factor of the smaller side is then square and now and then nearly singular.
+
+    What it has projected is not quite in its range: it has been trained since. W stays where it is, so that the
+    gradient is the same throughout.
     """
     plain, (x, y) = network().float(), data()
     with torch.no_grad():
@@ -1004,8 +1006,11 @@ def bfloat16_drift(resample, lr, count=300):
 
 @pytest.mark.parametrize("resample", FORMS)
 def test_updates_of_a_bfloat16_weight_are_unbiased_where_plain_rounding_loses_them(resample):
-    """Each far below half an ulp, which is 2^-7 for these weights. The regression of what happened on what should have
-    has the slope 1, with 99.9 % confidence; that of plain rounding has less than half of it."""
+    """Each is far below half an ulp, which is 2^-7 for these weights.
+
+    The regression of what happened on what should have has the slope 1, with 99.9 % confidence; that of plain rounding
+    has less than half of it.
+    """
     ours, nearest, exact = bfloat16_drift(resample, lr=1e-4)
     slope = (ours @ exact / (exact @ exact)).item()
     error = ((ours - slope * exact).std() / exact.norm()).item()

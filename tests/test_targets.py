@@ -95,8 +95,7 @@ def of_peft(model, **options):
             layers[name] = module.r["default"], module.scaling["default"]
     for name, p in peft.base_model.model.named_parameters():
         if p.requires_grad and "lora_" not in name:
-            name = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
-            trained.add(name)
+            trained.add(name.replace(".modules_to_save.default", "").replace(".base_layer", ""))
     return layers, trained
 
 

@@ -218,6 +218,7 @@ def weight_key(name: str, state: Mapping[str, Any]) -> str:
 
 
 def dtype_of(expected: str) -> torch.dtype | None:
+    """Return the dtype that the fingerprint ``expected`` begins with, or None."""
     dtype = vars(torch).get(expected.partition(":")[0])
     return dtype if isinstance(dtype, torch.dtype) else None
 

@@ -70,7 +70,8 @@ class ConvolutionPath:
             ups = B.T.expand(y.shape[0], -1, -1)  # a matrix product for each image, summed to y as it is formed
             sums = torch.baddbmm(y.flatten(2), ups, z.flatten(2), alpha=scale)
             # no view, which FSDP2 could not follow in place; a trace would keep the numbers that its shape has now
-            return sums.view(y.shape) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(sums, y.shape)
+            traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+            return sums.view(y.shape) if traced else torch.ops.aten._unsafe_view(sums, y.shape)
         return y + self.up(z, scale * B)
 
 

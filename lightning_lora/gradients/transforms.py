@@ -13,7 +13,7 @@ def is_transformed() -> bool:
     increment is a formula of plain operations, right to every order of derivatives. A trace has use for these too: what
     it keeps of a ``Function`` cannot be saved.
     """
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_watched() -> bool:
@@ -21,4 +21,4 @@ def is_watched() -> bool:
 
     ``torch.jit.trace`` traces twice, the second time without gradients, and compares.
     """
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]

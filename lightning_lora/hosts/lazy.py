@@ -72,6 +72,7 @@ class LazyWeight(Tensor):
     dropout: float
 
     def state(self) -> tuple[Any, ...]:
+        """Return all that W is formed of."""
         return self.base, self.left, self.right, self.gain, self.gain_last, self.scale, self.dropout
 
     @torch.no_grad()

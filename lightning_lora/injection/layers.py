@@ -56,12 +56,14 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
+        """Return the parameter as it stands in its module."""
         weight = self.module._parameters[self.parameter]
         assert weight is not None
         return weight
 
     @property
     def kind(self) -> str:
+        """Return the name of the layer's class."""
         return type(self.layer).__name__
 
     @property

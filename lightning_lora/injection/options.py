@@ -272,12 +272,14 @@ class Options:
 
 
 def check_choice(option: str, given: Any, allowed: Sequence[str]) -> None:
+    """Raise :class:`LoRAError` unless ``given`` is one of ``allowed``."""
     if given not in allowed:
         hint = nearest(given, allowed) if isinstance(given, str) else ""
         raise LoRAError(f"`{option}` must be one of {', '.join(map(repr, allowed))}, got {given!r}.{hint}")
 
 
 def check_count(option: str, count: Any) -> None:
+    """Raise :class:`LoRAError` unless ``count`` is an int of at least 1."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise LoRAError(f"`{option}` must be an int of at least 1, got {count!r}.")
 

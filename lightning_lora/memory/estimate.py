@@ -184,6 +184,7 @@ class Mute:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do nothing."""
         return self
 
     def __enter__(self) -> Mute:

@@ -122,12 +122,14 @@ class Run:
 
     @property
     def trainer(self) -> pl.Trainer:
+        """Return the Trainer, which is held weakly."""
         trainer = self._trainer()
         assert trainer is not None
         return trainer
 
     @property
     def module(self) -> pl.LightningModule:
+        """Return the LightningModule, which is held weakly."""
         module = self._module()
         assert module is not None
         return module

@@ -63,6 +63,7 @@ REFUSED_PRECISIONS: Mapping[type[Precision], str] = {
 
 
 def refuse_unsupported(trainer: pl.Trainer) -> None:
+    """Raise :class:`LoRAError` if the strategy, the precision or a callback of ``trainer`` cannot work with LoRA."""
     for strategy, reason in REFUSED_STRATEGIES.items():
         if is_a(trainer.strategy, strategy):
             raise LoRAError(f"LoRA does not support {type(trainer.strategy).__name__}: {reason}.")

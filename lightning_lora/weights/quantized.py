@@ -205,6 +205,7 @@ class TorchAO(Storage):
 
 
 def form(tensor: Any) -> tuple[Any, ...]:
+    """Return what two tensors share of which one can be copied into the other."""
     return hasattr(tensor, "__tensor_flatten__"), tensor.dtype, tensor.shape
 
 
