@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -86,8 +87,8 @@ def adapter_table(module_or_file: nn.Module | File) -> list[AdapterRow]:
             name,
             adapter.decomposition,
             adapter.rank,
-            None if norm != norm else norm,
-            None if relative != relative else relative,
+            None if math.isnan(norm) else norm,
+            None if math.isnan(relative) else relative,
             effective,
             int(held),
         )

@@ -37,7 +37,7 @@ def written(module, folder, name="run.ckpt", form="adapter"):
     with torch.no_grad():
         for index, adapter in enumerate(adapters(module).values()):
             for p in adapter.trained.values():
-                p += torch.randn(p.shape, generator=torch.Generator().manual_seed(index))
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
     payload = write.describe(module, next(injections(module)).options, form, Fingerprints())
     merged = {key: value.clone() for key, value in merged_state_dict(module).items()}
     state = dict(merged)
@@ -397,7 +397,13 @@ def bad(name):
     return str(path)
 
 
-BAD = ["pickle.ckpt", "raw.pkl", "objects.ckpt", "truncated.pt", "truncated.safetensors", "claims.pt", "compressed.pt", "outside.index.json", "list.index.json", "broken.index.json", "deep.index.json", "header.safetensors", "malformed.ckpt", "escape.ckpt", "folder", "empty.pt", "tensor.pt", "absent.pt"]
+# fmt: off
+BAD = [
+    "pickle.ckpt", "raw.pkl", "objects.ckpt", "truncated.pt", "truncated.safetensors", "claims.pt", "compressed.pt",
+    "outside.index.json", "list.index.json", "broken.index.json", "deep.index.json", "header.safetensors",
+    "malformed.ckpt", "escape.ckpt", "folder", "empty.pt", "tensor.pt", "absent.pt",
+]
+# fmt: on
 
 
 @pytest.mark.parametrize("name", BAD)

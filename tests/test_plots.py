@@ -305,8 +305,10 @@ def test_a_run_logs_what_the_table_says_at_these_steps(decomposition, gradient, 
             super().on_train_batch_end(trainer, pl_module, *args)
             tables[trainer.global_step] = adapter_table(pl_module)
 
-    options = {"gradient": gradient, "decomposition": decomposition, "log_adapters_every_n_steps": 2, "log_memory": False}
-    trainer(tmp_path, Looks(rank=2, **options), logger=rows, log_every_n_steps=2, max_steps=5).fit(Net(), data())
+    options = {"gradient": gradient, "decomposition": decomposition, "log_adapters_every_n_steps": 2}
+    trainer(tmp_path, Looks(rank=2, log_memory=False, **options), logger=rows, log_every_n_steps=2, max_steps=5).fit(
+        Net(), data()
+    )
     seen = {step: {k: v for k, v in row.items() if k.startswith("lora/")} for step, row in rows.rows.items()}
     seen = {step: row for step, row in seen.items() if row}
     assert list(seen) == [1, 3]  # Lightning counts from zero

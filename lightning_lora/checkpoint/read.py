@@ -294,6 +294,7 @@ def cast_to_match(weight: Any, expected: str) -> Tensor | None:
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return ``names`` for a message: some of them, and how many more."""
     names = list(names)
     shown = ", ".join(map(repr, names[:most])) or "nothing"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_lora.cli.files import give_memory_back
@@ -58,16 +58,13 @@ def _parse(args: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """jsonargparse's, with examples as they stand."""
 
-    functions = {
+    functions: dict[str, Callable[..., Any]] = {
         "merge": commands.merge,
         "extract": commands.extract,
         "inspect": commands.inspect,
         "export-peft": commands.export_peft,
         "diff": commands.diff,
     }
-    description = (
-        "Work with the files of LoRA runs, without building a model or loading one into memory.\n\nExamples:\n"
-    )
     lines = "\n".join(f"  lightning-lora {each[0]}" for each in EXAMPLES.values())
     parser = ArgumentParser(
         prog="lightning-lora",
@@ -81,7 +78,9 @@ def _parse(args: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
         shown = "\n".join(f"  lightning-lora {example}" for example in EXAMPLES[name])
         body = "\n".join(line.strip() for line in more.strip().splitlines())
         own = ArgumentParser(description=f"{first}\n\n{body}\n\nExample:\n{shown}", formatter_class=Formatter)
-        flags = {name for name, kind in inspect.get_annotations(function, eval_str=True).items() if kind is bool}
+        flags: set[str | int] = {
+            name for name, kind in inspect.get_annotations(function, eval_str=True).items() if kind is bool
+        }
         own.add_function_arguments(function, as_positional=True, skip=flags)
         for documented in docstring_parser.parse(function.__doc__ or "").params:
             if documented.arg_name in flags:

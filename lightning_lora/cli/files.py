@@ -275,7 +275,7 @@ def _write_safetensors(path: Path, planned: Iterable[Planned]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for each in planned:
-            file.write(memoryview(each.made().numpy()))
+            file.write(each.made().numpy().data)
 
 
 @contextmanager
