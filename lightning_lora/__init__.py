@@ -2,6 +2,7 @@
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.callback import LoRA
+from lightning_lora.checkpoint.peft import load_peft, save_peft
 from lightning_lora.injection.inject import (
     adapters,
     disabled,
@@ -27,8 +28,10 @@ __all__ = [
     "disabled",
     "estimate_memory",
     "inject",
+    "load_peft",
     "merge",
     "merged",
     "merged_state_dict",
     "merging_errors",
+    "save_peft",
 ]

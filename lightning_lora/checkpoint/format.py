@@ -13,6 +13,7 @@
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
               file that has it dequantised
+    layers    name of an adapter -> the layer that it is in, for other formats; left out by earlier versions
 """
 
 from __future__ import annotations

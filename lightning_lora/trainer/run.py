@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
-from lightning_lora.checkpoint import read, write
+from lightning_lora.checkpoint import peft, read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError, warn
@@ -208,10 +208,17 @@ class Run:
         """Inject before the module's ``configure_model``, where the layers that it shards exist by then."""
         if not adapters(self.module):
             try:
-                inject_options(self.module, self.options)
+                self._start()
             except LoRAError:
                 if any(p.dim() > 1 for p in self.module.parameters()):
                     raise  # else the layers are made in `configure_model`
+
+    def _start(self) -> None:
+        """Inject what the options say, or what the files that the run starts from do."""
+        if self.callback.adapter is None:
+            inject_options(self.module, self.options)
+        else:
+            self.options = peft.load(self.module, self.callback.adapter, self.options).options
 
     def _inject(self) -> None:
         module, trainer = self.module, self.trainer
@@ -224,7 +231,7 @@ class Run:
                 " with the options of the callback, before `fully_shard`."
             )
         if not present:
-            inject_options(module, self.options)
+            self._start()
         for injection in present:
             if difference := differences(injection.options, self.options):
                 raise LoRAError(
