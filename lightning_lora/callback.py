@@ -95,7 +95,7 @@ class LoRA(Callback):
         checkpoint: ``"merged"``: the ``state_dict`` in a checkpoint is that of the plain model, with merged weights.
             ``"adapter"``: it holds only what was trained, and buffers; it loads where the pretrained weights are the
             same, through this callback.
-        adapter: A folder of PEFT's files, or of :func:`~lightning_lora.save_peft`'s: the run starts from the adapters in
+        adapter: A folder of PEFT's files, or of :func:`~lightning_lora.save_peft`: the run starts from the adapters in
             it. They say what is adapted and how; ``rank`` to ``bias``, ``decomposition`` and ``init`` stay at their
             defaults then. A checkpoint that the run resumes from takes the place of their values.
         seed: The start of A depends on this and on the module's name, not on the global generator.

@@ -3,16 +3,16 @@
 With R (r, rows) and C (r, columns), such that the increment of a weight as it is stored is ``scale * R.T @ C``, the
 layouts of PEFT are
 
-==================================  =============================================  =====================================
-the weight, as it is stored         ``lora_A``                                     ``lora_B``
-==================================  =============================================  =====================================
-Linear (out, in), any matrix        C (r, in)                                      R^T (out, r)
-Conv1D of transformers (in, out)    R (r, in)                                      C^T (out, r)
-Embedding (number, size)            R (r, number), as ``lora_embedding_A``         C^T (size, r), as ``lora_embedding_B``
-Conv (out, in, ...)                 C (r, in, ...)                                 R^T (out, r, 1, ...)
-stack (k, out, in)                  C (k r, in)                                    (out, r k), column i k + j is R[j, i]
-stack (k, in, out)                  R (k r, in)                                    (out, r k), column i k + j is C[j, i]
-==================================  =============================================  =====================================
+===============================  =====================================  =====================================
+the weight, as it is stored      ``lora_A``                             ``lora_B``
+===============================  =====================================  =====================================
+Linear (out, in), any matrix     C (r, in)                              R^T (out, r)
+Conv1D of transformers (in, out) R (r, in)                              C^T (out, r)
+Embedding (number, size)         R (r, number), ``lora_embedding_A``    C^T (size, r), ``lora_embedding_B``
+Conv (out, in, ...)              C (r, in, ...)                         R^T (out, r, 1, ...)
+stack (k, out, in)               C (k r, in)                            (out, r k): R[j, i] in column i k + j
+stack (k, in, out)               R (k r, in)                            (out, r k): C[j, i] in column i k + j
+===============================  =====================================  =====================================
 
 A module whose parameters are adapted by ``target_parameters`` is wrapped once for each, from the first to the last;
 what is inside a wrapper has ``base_layer`` in its name. A MultiheadAttention has two adapters of one rank: that of
@@ -57,6 +57,9 @@ MODULES = ("Linear", "Conv1D", "Embedding", *CONVOLUTIONS)
 """Layers for which PEFT has a wrapper of their own, by the names of :func:`~lightning_lora.hosts.layer_of`."""
 ATTENTION = "MultiheadAttention"
 PARAMETERS = ("parameter", "transposed parameter")
+TWICE_UNTIL = (0, 21)
+"""The last version of PEFT that is known to add the increment of a MultiheadAttention's ``out_proj`` twice, in each
+forward and in each merge. Files are written and read so that the function is the same."""
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers that training changes, as those of a BatchNorm."""
@@ -302,7 +305,7 @@ class _Export:
 
     def _one(self, key: str, increment: _Increment) -> None:
         adapter, layer = increment
-        owner, _, parameter = key.rpartition(".")
+        owner = key.rpartition(".")[0]
         R, C = self._factors(key, increment)
         if layer in MODULES and owner:
             self.by_module.add(owner)
@@ -337,12 +340,18 @@ class _Export:
         if self.is_dora or not owner:
             self._one(key, found[key])
         factors = {k: self._factors(k, increment) for k, increment in found.items()}
+        warn(
+            f"PEFT adds the increment of the `out_proj` of {owner!r} twice, to version {TWICE_UNTIL[0]}.{TWICE_UNTIL[1]}"
+            " at least; half of it is in the file, so that these versions compute what the module does.",
+            stacklevel=5,
+        )
         rank = max(R.shape[-2] for R, _ in factors.values())
         scale = found[key].adapter.scale
         size = factors[key][1].shape[-1]
         for (weight, name), rows in zip(projections.items(), (3 * size, size), strict=True):
             R, C = factors.get(weight, (torch.zeros(0, rows), torch.zeros(0, size)))
             R = R if weight not in found else R * (found[weight].adapter.scale / scale)
+            R = R / 2 if name else R
             R, C = (torch.cat([f, f.new_zeros(rank - f.shape[0], f.shape[1])]) for f in (R, C))
             for suffix, value in _encoded("Linear", R, C, (rows, size)).items():
                 self.tensors[f"{owner}{name}.{suffix}"] = value
@@ -620,12 +629,16 @@ class _Files:
 
     def is_swapped(self, transposed: bool) -> bool | None:
         """Whether ``lora_A`` of a stack (k, a, b) is the factor of b; None if the file does not say."""
-        version = self.config.get("peft_version")
-        match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-        if match is None:
+        if self.version is None:
             return None
-        number = int(match[1]), int(match[2])
-        return not transposed if number >= (0, 20) else transposed and number >= (0, 19)
+        return not transposed if self.version >= (0, 20) else transposed and self.version >= (0, 19)
+
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """That of PEFT, which it writes from 0.18 on."""
+        version = self.config.get("peft_version")
+        match = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
+        return None if match is None else (int(match[1]), int(match[2]))
 
 
 _HERE = "this library"
@@ -676,10 +689,10 @@ class _Import:
         self.values = {f"{self.root}{name}": value for name, value in files.others.items()}
         for key, value in self.values.items():
             own = self.weights.get(key, self.buffers.get(key))
-            if own is None or own.shape != value.shape or not (own.is_floating_point() == value.is_floating_point()):
+            if own is None or own.shape != value.shape or own.is_floating_point() != value.is_floating_point():
                 what = "nothing" if own is None else f"{own.dtype} {tuple(own.shape)}"
                 raise LoRAError(
-                    f"{files.folder} has {key!r} as {value.dtype} {tuple(value.shape)}, and the module has {what} there."
+                    f"{files.folder} has {key!r} as {value.dtype} {tuple(value.shape)}, and the module has {what}."
                     " Build it as the one that was trained, for example with as many rows of its embeddings."
                 )
         self._check_tied()
@@ -698,12 +711,12 @@ class _Import:
             if all(f"{place.removesuffix(names[0])}{name}" in self.modules for name in names)
         ]
         if len(found) != 1:
-            where = f"in {root!r} of " if root else "in "
+            of = f"{root!r} of {type(self.module).__name__}" if root else f"the {type(self.module).__name__}"
             missing = [name for name in names if f"{root}.{name}".lstrip(".") not in self.modules]
+            where = f"stand in several places in {of}" if found else f"are not in {of}"
             raise LoRAError(
-                f"{self.files.folder} has adapters for {_some(missing or names)}, which are {'not' if not found else 'in several places'}"
-                f" {where}{type(self.module).__name__}. Give the module that they were trained for, and by `root` the"
-                " name of the submodule in it."
+                f"{self.files.folder} has adapters for {_some(missing or names)}, which {where}. Give the module that"
+                " they were trained for, and by `root` the name of the submodule in it."
             )
         return found[0]
 
@@ -723,6 +736,9 @@ class _Import:
             if attention not in self.files.lora:
                 return  # PEFT never calls it
             self._add(attention, f"{name}.weight", "Linear", child, tensors)
+            if self.files.version is None or self.files.version <= TWICE_UNTIL:
+                start = self.starts[key := f"{self.root}{name}.weight"]
+                self.starts[key] = start._replace(R=2 * start.R)
             return
         self.by_module.add(name)
         self._add(name, f"{name}.weight", layer, child, tensors)

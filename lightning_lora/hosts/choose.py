@@ -80,7 +80,7 @@ def layer_of(module: nn.Module, parameter: str) -> str:
 
     Returns:
         ``"Linear"``, ``"Conv1D"``, ``"Embedding"``, ``"Conv1d"`` to ``"Conv3d"``: that layer, with its own forward and
-        neither groups nor dilation. ``"MultiheadAttention"``: its ``in_proj_weight``, or the weight of its ``out_proj``.
+        neither groups nor dilation. ``"MultiheadAttention"``: ``in_proj_weight``, or the weight of ``out_proj``.
         ``"parameter"``: a matrix or a stack of matrices that the module reads by its name;
         ``"transposed parameter"``: the same, and the module says that it stores inputs before outputs. Else the name of
         the class.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -232,6 +233,9 @@ class Run:
             )
         if not present:
             self._start()
+        elif self.callback.adapter is not None:  # the module's own code has read files
+            said = {name: getattr(present[0].options, name) for name in ("dropout", *peft.FROM_FILES)}
+            self.options = dataclasses.replace(self.options, **said)
         for injection in present:
             if difference := differences(injection.options, self.options):
                 raise LoRAError(
