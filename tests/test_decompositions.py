@@ -708,6 +708,21 @@ def test_the_row_of_the_padding_is_not_trained_and_all_three_gradients_agree(dec
     torch.testing.assert_close(others[2], others[0])
 
 
+@pytest.mark.parametrize("decomposition", ["product", "additive", "dora"])
+def test_the_row_of_the_padding_stays_as_it_is_where_an_adapter_is_made_of_its_state(decomposition):
+    module = nn.Sequential(nn.Embedding(12, 8, padding_idx=3))
+    inject(module, rank=2, target_modules=["0"], decomposition=decomposition)
+    adapter, weight = adapters(module)["0"], module[0]._parameters["weight"]
+    with torch.no_grad():
+        adapter.A.normal_()[:, 3] = 0
+        adapter.B.normal_()
+    merged = Adapter.from_state(adapter.state(weight)).folded_into(weight)
+    torch.testing.assert_close(merged, adapter.folded_into(weight))
+    if decomposition != "dora":
+        assert torch.equal(merged[3], weight[3])
+    assert not torch.equal(merged[4], weight[4])
+
+
 # ------------------------------------------------------------------------------------------------ one of a user's own
 
 

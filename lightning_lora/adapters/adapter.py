@@ -418,6 +418,7 @@ class Adapter(nn.Module):
             "key": self.key,
             "steps": self.steps,
             "drawn_at": self.drawn_at,
+            **({} if self.padding_idx is None else {"padding_idx": self.padding_idx}),
         }
 
     def resume(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -452,6 +453,7 @@ class Adapter(nn.Module):
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         kind = DECOMPOSITIONS[state["decomposition"]]
         adapter = kind(tensors.pop("A"), tensors.pop("B"), state["shape"], state["scale"], 0.0, state["transposed"])
+        adapter.padding_idx = state.get("padding_idx")
         for name, value in tensors.items():
             adapter.register_parameter(name, nn.Parameter(value, requires_grad=False))
         return adapter

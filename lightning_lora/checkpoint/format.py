@@ -6,8 +6,8 @@
     form      "merged": state_dict is that of the plain model; "adapter": only what was trained, and the buffers
     options   of the callback, to be read by people
     adapters  name of the module whose weight is adapted, or of any other parameter -> A, B, further tensors of its
-              decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at; a drawn A that
-              is not trained is left out
+              decomposition, shape, scale, transposed, decomposition, key, resample, steps, drawn_at, and padding_idx
+              if there is one; a drawn A that is not trained is left out
     trained   keys in state_dict of the base's parameters that are trained in full
     idle      names of adapters that no optimizer trains, from version 2 on: they are zero and left out
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
@@ -124,13 +124,13 @@ def _is_adapter(entry: Mapping[Any, Any]) -> bool:
     if not all(isinstance(entry.get(field), kind) for field, kind in kinds.items()):
         return False
     tensors = {field: value for field, value in entry.items() if isinstance(value, Tensor)}
-    if entry.keys() != {*kinds, *tensors, "resample", "steps", "drawn_at"}:
+    if entry.keys() - {"padding_idx"} != {*kinds, *tensors, "resample", "steps", "drawn_at"}:
         return False
     resample, counts = entry["resample"], (entry["drawn_at"], entry["steps"])
     return (
         all(isinstance(name, str) and _is_number(tensor) for name, tensor in tensors.items())
         and (resample is None or (isinstance(resample, str) and resample in RESAMPLES))
-        and all(_is_int(value) for value in (*counts, *entry["shape"]))
+        and all(_is_int(value) for value in (*counts, *entry["shape"], entry.get("padding_idx", 0)))
         and all(side > 0 for side in entry["shape"])
         and 0 <= counts[0] <= counts[1]
         and abs(entry["scale"]) <= torch.finfo(torch.float32).max  # which "not a number" is not
@@ -150,6 +150,8 @@ def _fits_together(entry: Mapping[str, Any]) -> bool:
     if "A0" in tensors or "B0" in tensors:
         sides |= {"A0": n, "B0": m}
     shapes = {name: [*stack, r, side] for name, side in sides.items()} | {name: [*stack, m] for name in kind.per_output}
+    if not 0 <= entry.get("padding_idx", 0) < n:
+        return False
     if stack != shape[: len(stack)] or not 0 < r <= min(m, n) or not shapes.keys() <= tensors.keys():
         return False
     if any(list(tensors[name].shape) != expected for name, expected in shapes.items()):

@@ -216,7 +216,7 @@ def _of_file(path: Path) -> _Source:
             raise LoRAError(_drawn_anew(name))
         key = weight_key(name, dict.fromkeys(keys))
         known = isinstance(layers, Mapping) and isinstance(layers.get(name), str)
-        layer = layers[name] if known else _guessed(name, key, payload, keys)  # type: ignore[index]
+        layer = layers[name] if known else _guessed(name, key, payload, keys)
         increments[key] = _Increment(Adapter.from_state(entry), layer)
     return _Source(
         increments,
@@ -341,8 +341,8 @@ class _Export:
             self._one(key, found[key])
         factors = {k: self._factors(k, increment) for k, increment in found.items()}
         warn(
-            f"PEFT adds the increment of the `out_proj` of {owner!r} twice, to version {TWICE_UNTIL[0]}.{TWICE_UNTIL[1]}"
-            " at least; half of it is in the file, so that these versions compute what the module does.",
+            f"PEFT adds the increment of the `out_proj` of {owner!r} twice, to version {'.'.join(map(str, TWICE_UNTIL))} at"
+            " least; half of it is in the file, so that these versions compute what the module does.",
             stacklevel=5,
         )
         rank = max(R.shape[-2] for R, _ in factors.values())
@@ -676,6 +676,8 @@ class _Import:
         """Key of a weight -> what the files say of it."""
         self.by_module: set[str] = set()
         self.by_parameter: set[str] = set()
+        self.all_have_inputs = True
+        """Whether each increment has an input of its own, to which dropout can be applied."""
         rule = [f".{name}" for name in files.config.get("target_parameters") or []]
         for name, wrappers in files.lora.items():
             child = self.modules[f"{self.root}{name}"]
@@ -728,6 +730,7 @@ class _Import:
     def _add_module(self, name: str, child: nn.Module, tensors: dict[str, Tensor]) -> None:
         if isinstance(child, nn.MultiheadAttention):
             self.by_module.add(name)
+            self.all_have_inputs = False
             self._add(name, f"{name}.in_proj_weight", "Linear", child, tensors)
             return
         layer = self._layer(name, child)
@@ -886,10 +889,18 @@ class _Import:
             modules_to_save=_rule(trained, [*self.modules, *self.weights]) if trained else None,
             use_rslora=self._rslora,
             bias=bias if bias in ("all", "lora_only") else "none",
-            dropout=given.dropout or float(config["lora_dropout"]),
+            dropout=given.dropout or self._dropout(given),
             decomposition="dora" if config.get("use_dora") else "product",
             init="pissa" if config.get("init_lora_weights") == "pissa" else "zero",
         )
+
+    def _dropout(self, given: Options) -> float:
+        """That of the files, where the increments have an input of their own to drop."""
+        dropout = float(self.files.config["lora_dropout"])
+        if dropout and (given.gradient != "factored" or not self.all_have_inputs):
+            warn(f"`lora_dropout={dropout}` of {self.files.folder} is left out: here weights hold increments.")
+            return 0.0
+        return dropout
 
     def _named(self, names: set[str], universe: Iterable[str]) -> list[str] | str | None:
         return _rule({f"{self.root}{name}" for name in names}, universe) if names else None
