@@ -4,6 +4,7 @@ from lightning_lora._version import __version__
 from lightning_lora.adapters import Adapter
 from lightning_lora.callback import LoRA
 from lightning_lora.checkpoint.load import combine_adapters, load_adapter, set_adapter
+from lightning_lora.checkpoint.peft import load_peft, save_peft
 from lightning_lora.injection.inject import (
     adapters,
     disabled,
@@ -32,10 +33,12 @@ __all__ = [
     "estimate_memory",
     "inject",
     "load_adapter",
+    "load_peft",
     "merge",
     "merged",
     "merged_state_dict",
     "merging_errors",
     "plot_adapters",
+    "save_peft",
     "set_adapter",
 ]

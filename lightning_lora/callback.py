@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_lora._compat import logged_step, logs_hyperparameters
 from lightning_lora.checkpoint.format import State, damage
+from lightning_lora.checkpoint.peft import check_beside_files
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.injection.inject import adapters
 from lightning_lora.injection.options import (
@@ -95,6 +97,9 @@ class LoRA(Callback):
         checkpoint: ``"merged"``: the ``state_dict`` in a checkpoint is that of the plain model, with merged weights.
             ``"adapter"``: it holds only what was trained, and buffers; it loads where the pretrained weights are the
             same, through this callback.
+        adapter: A folder of PEFT's files, or of :func:`~lightning_lora.save_peft`: the run starts from the adapters in
+            it. They say what is adapted and how; ``rank`` to ``bias``, ``decomposition`` and ``init`` stay at their
+            defaults then. A checkpoint that the run resumes from takes the place of their values.
         seed: The start of A depends on this and on the module's name, not on the global generator.
         exact_resume: Refuse to resume on other weights than those that were frozen when the checkpoint was saved,
             instead of recovering these from the merged weights up to rounding, with a warning.
@@ -139,6 +144,7 @@ class LoRA(Callback):
         lr_ratio: float | None = None,
         adapter_dtype: AdapterDtype = "float32",
         checkpoint: Checkpoint = "merged",
+        adapter: str | None = None,
         seed: int = 0,
         exact_resume: bool = False,
         log_memory: bool = True,
@@ -167,6 +173,9 @@ class LoRA(Callback):
             seed=seed,
         )
         check_choice("checkpoint", checkpoint, CHECKPOINTS)
+        if adapter is not None:
+            check_beside_files(self.options)
+            adapter = os.fspath(adapter)
         for flag, given in (("exact_resume", exact_resume), ("log_memory", log_memory)):
             if not isinstance(given, bool):
                 raise LoRAError(f"`{flag}` must be True or False, got {given!r}.")
@@ -174,6 +183,7 @@ class LoRA(Callback):
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise LoRAError(f"`log_adapters_every_n_steps` must be an int of at least 1, or None, got {every!r}.")
         self.checkpoint = checkpoint
+        self.adapter = adapter
         self.exact_resume = exact_resume
         self.log_memory = log_memory
         self.log_adapters_every_n_steps = log_adapters_every_n_steps
@@ -184,13 +194,8 @@ class LoRA(Callback):
 
     def __repr__(self) -> str:
         """Name the options that were set."""
-        default = {
-            **vars(Options()),
-            "checkpoint": "merged",
-            "exact_resume": False,
-            "log_memory": True,
-            "log_adapters_every_n_steps": None,
-        }
+        own = {"checkpoint": "merged", "adapter": None, "exact_resume": False, "log_memory": True}
+        default = {**vars(Options()), **own, "log_adapters_every_n_steps": None}
         given = {**vars(self), **vars(self.options)}
         shown = (f"{name}={given[name]!r}" for name in default if given[name] != default[name])
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -234,7 +239,7 @@ class LoRA(Callback):
             print_summary(pl_module)
         if trainer.is_global_zero and logs_hyperparameters(pl_module):
             for logger in trainer.loggers:
-                logger.log_hyperparams({"lora": self.options.to_primitives()})
+                logger.log_hyperparams({"lora": run.options.to_primitives()})
 
     # ---------------------------------------------------------------------------------------------------- in the run
 

@@ -333,6 +333,11 @@ class Adapter(nn.Module):
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     @torch.no_grad()
+    def hold(self, weight: Tensor) -> None:
+        """Fold the increment into ``weight``, which is W0 and is to hold it from here on."""
+        weight.copy_(self.folded_into(weight))
+
+    @torch.no_grad()
     @full_precision()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
         """W0 = W - delta in the dtype of W, and a bound of every entry's error if W is what ``folded_into`` gave.

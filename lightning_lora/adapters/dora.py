@@ -83,6 +83,12 @@ class DoRA(Adapter, decomposition="dora"):
         return ((weight.to(delta.dtype) + delta) * self.by_rows(gain)).to(weight.dtype)
 
     @torch.no_grad()
+    def hold(self, weight: Tensor) -> None:
+        """The same, and take note of the gain that the weight has in it then."""
+        self.held_gain.copy_(self._over(self._norms(weight)))
+        super().hold(weight)
+
+    @torch.no_grad()
     @full_precision()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
         """W0 = W / gain - delta, with the bound of a sum, over the smallest gain."""

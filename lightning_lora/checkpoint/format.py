@@ -14,6 +14,7 @@
     base      key in state_dict -> fingerprint of the frozen weight that stands there while training; a weight that
               holds its increment is not frozen, and is saved as it is; for a quantised weight, of what is stored, in a
               file that has it dequantised
+    layers    name of an adapter -> the layer that it is in, for other formats; left out by earlier versions
 """
 
 from __future__ import annotations
@@ -155,9 +156,8 @@ def _is_adapter(entry: Mapping[Any, Any]) -> bool:
     return (
         all(isinstance(name, str) and _is_number(tensor) for name, tensor in tensors.items())
         and (resample is None or (isinstance(resample, str) and resample in RESAMPLES))
-        and all(_is_int(value) for value in (*counts, *entry["shape"]))
+        and all(_is_int(value) for value in (*counts, *entry["shape"], entry.get("padding_idx", 0)))
         and all(side > 0 for side in entry["shape"])
-        and ("padding_idx" not in entry or (_is_int(i := entry["padding_idx"]) and 0 <= i < [*entry["shape"], 0][0]))
         and 0 <= counts[0] <= counts[1]
         and abs(entry["scale"]) <= torch.finfo(torch.float32).max  # which "not a number" is not
     )
@@ -176,6 +176,8 @@ def _fits_together(entry: Mapping[str, Any]) -> bool:
     if "A0" in tensors or "B0" in tensors:
         sides |= {"A0": n, "B0": m}
     shapes = {name: [*stack, r, side] for name, side in sides.items()} | {name: [*stack, m] for name in kind.per_output}
+    if not 0 <= entry.get("padding_idx", 0) < n:
+        return False
     if stack != shape[: len(stack)] or not 0 < r <= min(m, n) or not shapes.keys() <= tensors.keys():
         return False
     if any(list(tensors[name].shape) != expected for name, expected in shapes.items()):

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
 from lightning_lora.checkpoint.format import NOTICE, VERSION, State, weight_key
+from lightning_lora.hosts import layer_of
 from lightning_lora.injection.inject import places, trained_besides
 from lightning_lora.injection.naming import state_key
 from lightning_lora.injection.options import Options
@@ -64,6 +65,7 @@ def describe(
         "trained": trained,
         "idle": sorted(idle),
         "base": base,
+        "layers": {place.name: layer_of(place.host, place.key.rpartition(".")[2]) for place in places(module)},
     }
 
 

@@ -7,6 +7,7 @@ from lightning_lora.hosts.choose import (
     exact_forward,
     is_linear_like,
     is_transposed,
+    layer_of,
     stacks,
     zero_factor,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "exact_forward",
     "is_linear_like",
     "is_transposed",
+    "layer_of",
     "release",
     "stacks",
     "storage_of",

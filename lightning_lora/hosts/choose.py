@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.hosts import forwards
-from lightning_lora.hosts.host import Forward
+from lightning_lora.hosts.host import Forward, Host
 from lightning_lora.weights.quantized import storage_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,3 +73,34 @@ def exact_forward(module: nn.Module, gradient: str, rescales: bool = False) -> F
     if own is getattr(_conv1d(), "forward", None):
         return forwards.conv1d_of_transformers if factored else forwards.merged_conv1d_of_transformers
     return None
+
+
+def layer_of(module: nn.Module, parameter: str) -> str:
+    """Name the layer that multiplies by ``parameter`` of ``module``, for formats that have a layout for each kind.
+
+    Returns:
+        ``"Linear"``, ``"Conv1D"``, ``"Embedding"``, ``"Conv1d"`` to ``"Conv3d"``: that layer, with its own forward and
+        neither groups nor dilation. ``"MultiheadAttention"``: ``in_proj_weight``, or the weight of ``out_proj``.
+        ``"parameter"``: a matrix or a stack of matrices that the module reads by its name;
+        ``"transposed parameter"``: the same, and the module says that it stores inputs before outputs. Else the name of
+        the class.
+    """
+    kind: Any = module.base_class if isinstance(module, Host) else type(module)
+    weight = module._parameters[parameter]
+    attends = isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight"
+    if attends or isinstance(module, NonDynamicallyQuantizableLinear):
+        return nn.MultiheadAttention.__name__
+    if storage_of(module) is not None:
+        return nn.Linear.__name__
+    if isinstance(module, CONVOLUTIONS) and parameter == "weight":
+        plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+        if not plain or not any(kind._conv_forward is layer._conv_forward for layer in CONVOLUTIONS):
+            return f"{kind.__name__} with groups, dilation, padding or a forward of its own"
+    if parameter == "weight" and "forward" not in vars(module):
+        for layer in (nn.Linear, nn.Embedding, *CONVOLUTIONS, _conv1d()):
+            if layer is not None and kind.forward is layer.forward and isinstance(module, layer):
+                return layer.__name__
+    others = isinstance(module, nn.RNNBase | nn.MultiheadAttention | ParametrizationList)
+    if weight is None or others or not (weight.dim() == 2 or stacks(module, weight)):
+        return kind.__name__
+    return "transposed parameter" if getattr(module, "is_transposed", False) is True else "parameter"

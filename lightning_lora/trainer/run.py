@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
-from lightning_lora.checkpoint import read, write
+from lightning_lora.checkpoint import peft, read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError, warn
@@ -212,10 +213,17 @@ class Run:
         """Inject before the module's ``configure_model``, where the layers that it shards exist by then."""
         if not adapters(self.module):
             try:
-                inject_options(self.module, self.options)
+                self._start()
             except LoRAError:
                 if any(p.dim() > 1 for p in self.module.parameters()):
                     raise  # else the layers are made in `configure_model`
+
+    def _start(self) -> None:
+        """Inject what the options say, or what the files that the run starts from do."""
+        if self.callback.adapter is None:
+            inject_options(self.module, self.options)
+        else:
+            self.options = peft.load(self.module, self.callback.adapter, self.options).options
 
     def _inject(self) -> None:
         module, trainer = self.module, self.trainer
@@ -228,7 +236,10 @@ class Run:
                 " with the options of the callback, before `fully_shard`."
             )
         if not present:
-            inject_options(module, self.options)
+            self._start()
+        elif self.callback.adapter is not None:  # the module's own code has read files
+            said = {name: getattr(present[0].options, name) for name in ("dropout", *peft.FROM_FILES)}
+            self.options = dataclasses.replace(self.options, **said)
         for injection in present:
             if difference := differences(injection.options, self.options):
                 raise LoRAError(
