@@ -22,6 +22,7 @@ from lightning_lora import Adapter, LoRA, adapters, inject, merge, merged_state_
 from lightning_lora.checkpoint import read as reading
 from lightning_lora.checkpoint import write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
+from lightning_lora.checkpoint.format import NOTICE
 from lightning_lora.injection.options import Options
 
 HERE = Path(__file__).parent
@@ -197,7 +198,7 @@ def test_an_adapter_file_holds_what_was_trained_and_buffers_and_nothing_frozen(n
     file = read(folder / name / "saved.ckpt")
     buffers = {f"layers.1.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
     trained = {"layers.0.bias", "layers.1.weight", "layers.1.bias", "layers.5.bias"} if "besides" in name else set()
-    assert set(file["state_dict"]) == buffers | trained
+    assert set(file["state_dict"]) == buffers | trained | {NOTICE}
     assert set(file["lightning_lora"]["trained"]) == trained
     assert set(file["lightning_lora"]["adapters"]) == {"layers.0", "layers.3", "layers.5"}
 

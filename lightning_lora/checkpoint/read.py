@@ -284,13 +284,18 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in sorted(tensors)}
 
 
-def cast_to_match(weight: Any, expected: str) -> Tensor | None:
-    """Return ``weight``, cast as a precision may, if ``expected`` is its fingerprint then; else None."""
+def cast_as(weight: Any, expected: str) -> Tensor | None:
+    """Return ``weight`` in the dtype of the fingerprint ``expected``, as a precision may cast it; None if it cannot."""
     dtype = dtype_of(expected)
     if not isinstance(weight, Tensor) or not (dtype == weight.dtype or (dtype in NUMBERS and weight.dtype in NUMBERS)):
         return None
-    weight = weight.to(dtype)
-    return weight if fingerprint(weight) == expected else None
+    return weight.to(dtype)
+
+
+def cast_to_match(weight: Any, expected: str) -> Tensor | None:
+    """Return ``weight``, cast as a precision may, if ``expected`` is its fingerprint then; else None."""
+    cast = cast_as(weight, expected)
+    return cast if cast is not None and fingerprint(cast) == expected else None
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -20,7 +20,7 @@ from lightning_lora.adapters import Adapter, draws, initial
 from lightning_lora.adapters.spectrum import core, effective_rank, rank_holding, singular_values
 from lightning_lora.checkpoint.fingerprints import fingerprint
 from lightning_lora.checkpoint.format import KEY, NUMBERS, VERSION, State, check_format, check_weights, weight_key
-from lightning_lora.checkpoint.read import cast_to_match
+from lightning_lora.checkpoint.read import cast_as, cast_to_match
 from lightning_lora.cli.files import Planned, WeightFile, read, release, shape_and_dtype, write
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.naming import plain_name
@@ -101,8 +101,8 @@ def _folded(key: str, weight: Tensor, expected: str, entry: State | None, source
     """Plan ``weight`` of BASE, in the dtype that the run had, with the increment of ``entry``."""
 
     def make() -> Tensor:
-        cast = cast_to_match(weight, expected)
-        if not force and (cast is None or fingerprint(cast) != expected):
+        cast = cast_as(weight, expected) if force else cast_to_match(weight, expected)
+        if not force and cast is None:
             raise LoRAError(
                 f"{key!r} in {source.path} is not the weight that the adapters were trained on. Give the same"
                 " pretrained weights, or --force to add the increments to these."
@@ -110,7 +110,7 @@ def _folded(key: str, weight: Tensor, expected: str, entry: State | None, source
         start = weight if cast is None else cast
         return start if entry is None else Adapter.from_state(entry).folded_into(start)
 
-    like = cast_to_match(torch.empty_like(weight, device="meta"), expected)
+    like = cast_as(torch.empty_like(weight, device="meta"), expected)
     return Planned(key, weight.shape, weight.dtype if like is None else like.dtype, make, weight)
 
 
