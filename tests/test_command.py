@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora
-from lightning_lora import Adapter, LoRA, adapters, inject, merged_state_dict
+from lightning_lora import Adapter, LoRA, _compat, adapters, inject, merged_state_dict
 from lightning_lora.checkpoint import read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints
 from lightning_lora.cli import main
@@ -194,45 +194,47 @@ def test_an_interrupt_leaves_the_old_file(folder, capsys, monkeypatch, out):
     assert sorted(os.listdir()) == sorted(["base.pt", out, "run.ckpt"])
 
 
-def test_what_is_made_in_its_turn_is_what_torch_writes(folder, monkeypatch):
+def test_what_is_made_in_its_turn_is_a_whole_file_of_torch(folder, monkeypatch):
     torch.save(Net().state_dict(), "base.pt")
-    trained(folder)
+    after = trained(folder).state_dict()
     assert main(["merge", "base.pt", "run.ckpt", "lazy.pt"]) == 0
-    monkeypatch.delattr(torch.serialization, "_open_zipfile_writer")  # private: it may go
-    monkeypatch.setattr(torch, "save", lambda value, path, save=torch.save: saved.append(save(value, path)))
-    saved = []
-    with pytest.raises(AttributeError):  # which this torch needs itself
-        main(["merge", "base.pt", "run.ckpt", "whole.pt"])
-    monkeypatch.undo()
     with zipfile.ZipFile("lazy.pt") as archive:
         assert archive.testzip() is None
+    # what it calls is private: a torch without it writes the same
+    old = types.SimpleNamespace(serialization=types.SimpleNamespace(), save=torch.save, uint8=torch.uint8)
+    monkeypatch.setattr(_compat, "torch", old)
+    assert main(["merge", "base.pt", "run.ckpt", "whole.pt"]) == 0
+    same(torch.load("whole.pt", weights_only=True), after)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and gives memory back by Linux's calls")
 def test_only_one_weight_is_in_memory(folder):
-    width, count = 1024, 40  # 4 MB each
-    weights = {f"{index}.weight": torch.full((width, width), float(index)) for index in range(count)}
-    torch.save(weights, "base.pt")
+    width, count = 1024, 24  # of 4 MB each
     module = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
-    module.load_state_dict(weights)
+    for layer in module:
+        nn.init.ones_(layer.weight)
+    torch.save(module.state_dict(), "base.pt")
     inject(module, rank=1, target_modules="all-linear")
     written(module, folder)
     program = """
-import sys
 from lightning_lora.cli import commands, main
 def held():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) / 1000
-made, peak = commands.Planned.made, []
+made = commands.Planned.made
 def watched(planned):
     peak.append(held())
     return made(planned)
 commands.Planned.made = watched
-assert main(["merge", "base.pt", "run.ckpt", sys.argv[1]]) == 0
-print(max(peak) - peak[0])
+for out in ("warm.ckpt", "out.safetensors", "out.ckpt"):
+    peak = []
+    assert main(["merge", "base.pt", "run.ckpt", out]) == 0
+    print("more:", max(peak) - peak[0])
 """
-    for out in ("out.safetensors", "out.ckpt"):
-        done = subprocess.run([sys.executable, "-c", program, out], capture_output=True, text=True, env=environment())
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout.split()[-1]) < 40  # of the 160 MB that each file has
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    more = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("more:")]
+    assert len(more) == 3
+    assert max(more) < 30  # of the 100 MB that a file has
 
 
 # ------------------------------------------------------------------------------------------------------------- extract
@@ -397,13 +399,12 @@ def bad(name):
     return str(path)
 
 
-# fmt: off
 BAD = [
-    "pickle.ckpt", "raw.pkl", "objects.ckpt", "truncated.pt", "truncated.safetensors", "claims.pt", "compressed.pt",
-    "outside.index.json", "list.index.json", "broken.index.json", "deep.index.json", "header.safetensors",
-    "malformed.ckpt", "escape.ckpt", "folder", "empty.pt", "tensor.pt", "absent.pt",
+    *("pickle.ckpt", "raw.pkl", "objects.ckpt", "malformed.ckpt", "escape.ckpt"),
+    *("truncated.pt", "claims.pt", "compressed.pt", "empty.pt", "tensor.pt", "absent.pt", "folder"),
+    *("truncated.safetensors", "header.safetensors"),
+    *("outside.index.json", "list.index.json", "broken.index.json", "deep.index.json"),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("name", BAD)

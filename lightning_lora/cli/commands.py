@@ -61,8 +61,9 @@ def merge(base: str, adapter: str, out: str, root: str = "", force: bool = False
             _say(f"{len(planned) - len(inside)} weights outside of {root!r} are left out; a .ckpt has them")
         planned = [dataclasses.replace(each, key=each.key.removeprefix(prefix)) for each in inside]
     around = {key: value for key, value in learned.rest.items() if key not in TRAINING} if lightning else None
+    extras = weights.extras if root and not lightning else learned.extras
     with _progress("merging", planned) as shown:
-        files = write(out, shown, around, {**weights.extras, **learned.extras}, weights.shards)
+        files = write(out, shown, around, extras, weights.shards)
     count = len(payload["adapters"])
     _say(f"{files[-1]}: {len(planned)} weights, with the increments of {count} adapters, {_on_disk(files)}")
     return 0

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora._compat import save_as_made
-from lightning_lora.checkpoint.format import KEY, State, check_format, damage
+from lightning_lora.checkpoint.format import KEY, NOTICE, State, check_format, damage
 from lightning_lora.errors import LoRAError
 
 INDEX = ".index.json"
@@ -135,6 +135,7 @@ def _of_one(file: Path) -> WeightFile:
         raise LoRAError(f"{file} holds no dictionary of weights.")
     lightning = isinstance(loaded.get("state_dict"), Mapping)
     state = loaded["state_dict"] if lightning else loaded
+    state = {key: value for key, value in state.items() if key != NOTICE}
     tensors = {k: value.detach() for k, value in state.items() if isinstance(k, str) and isinstance(value, Tensor)}
     extras = {key: value for key, value in state.items() if key not in tensors}
     if not lightning and (not tensors or any(not str(key).endswith("_extra_state") for key in extras)):
