@@ -308,7 +308,7 @@ def test_inspect_says_what_was_learned(folder, capsys):
     ((name, adapter),) = adapters(module).items()
     assert main(["inspect", "run.ckpt", "--weights"]) == 0
     printed = capsys.readouterr().out
-    row = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
+    row = next(line for line in printed.splitlines() if line.startswith(f"{name} ") and " x " in line)
     values = torch.linalg.svdvals(adapter.delta_weight(torch.float64))
     shares = values[:4] / values.sum()
     fingerprint = write.describe(module, next(injections(module)).options, "adapter", Fingerprints())["base"][
