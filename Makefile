@@ -2,7 +2,7 @@
 PYTHON ?= python
 JOBS = llama smollm resnet mlp
 
-.PHONY: help test test-all check coverage ci lowest package zoo docs benchmarks mutate
+.PHONY: help test test-all check coverage ci lowest package zoo docs support benchmarks mutate
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -33,7 +33,10 @@ package: ## build the wheel and the sdist into dist/, and check them
 zoo: ## the callback on many kinds of modules
 	$(PYTHON) benchmarks/zoo.py
 
-docs: ## the page that is made of real runs
+docs: ## the site into site/
+	mkdocs build --strict
+
+support: ## the support matrix, made of real runs
 	$(PYTHON) tests/support.py
 
 benchmarks: ## the figures of docs/benchmarks, in about an hour

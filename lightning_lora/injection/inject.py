@@ -95,8 +95,8 @@ def inject(module: nn.Module, **options: Any) -> list[str]:
     Raises:
         TypeError: If there is no such option.
         ValueError: If an option has a bad value, or matches nothing in ``module``.
-        LoRAError: If ``module`` has adapters already, or a target cannot carry one.
-        In each case ``module`` is as it was.
+        LoRAError: If ``module`` has adapters already, or a target cannot carry one. In each case ``module`` is as it
+            was.
     """
     if options.get("init") == "gradient":
         raise ValueError(
