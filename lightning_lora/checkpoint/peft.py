@@ -342,8 +342,8 @@ class _Export:
         factors = {k: self._factors(k, increment) for k, increment in found.items()}
         warn(
             f"PEFT adds the increment of the `out_proj` of {owner!r} twice, to version"
-            f" {'.'.join(map(str, TWICE_UNTIL))} at least; half of it is in the file, so that these versions compute"
-            " what the module does.",
+            f" {'.'.join(map(str, TWICE_UNTIL))} at least; half of it is in the file, so that these"
+            " versions compute what the module does.",
             stacklevel=5,
         )
         rank = max(R.shape[-2] for R, _ in factors.values())
