@@ -34,8 +34,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return int(command(**options))
     except ModuleNotFoundError as error:
         _fail(f'{error.name} is missing: pip install "lightning-lora[cli]"')
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # torch's are RuntimeErrors
-        _fail(str(error).strip() or type(error).__name__)
+    except (ValueError, OSError) as error:
+        _fail(str(error) or type(error).__name__)
+    except (RuntimeError, MemoryError) as error:  # torch's, whose further lines say where in its C++ they come from
+        _fail((str(error).splitlines() or [type(error).__name__])[0])
     except KeyboardInterrupt:
         _fail("interrupted")
         return CTRL_C
