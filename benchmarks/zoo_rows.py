@@ -389,7 +389,7 @@ def of_neuralforecast(arguments: dict[str, Any], file: str | None, name: str, **
         h=4, input_size=12, max_steps=6, learning_rate=1e-2, batch_size=2, windows_batch_size=16, **options, **arguments
     )
     fit = pytorch_lightning.Trainer.fit
-    pytorch_lightning.Trainer.fit = functools.partialmethod(fit, ckpt_path=file)
+    pytorch_lightning.Trainer.fit = functools.partialmethod(fit, ckpt_path=file, weights_only=False)
     try:
         forecast = NeuralForecast(models=[model], freq="D")
         forecast.fit(frame)
