@@ -24,6 +24,7 @@ from lightning_lora.hosts import (
     zero_factor,
 )
 from lightning_lora.injection import targets
+from lightning_lora.injection.layers import Target
 from lightning_lora.injection.naming import plain_name, state_key, unwrapped
 from lightning_lora.injection.options import Options, differences
 from lightning_lora.weights import sharded as shards
@@ -121,7 +122,7 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             f"The weight of {parts[0]!r} is sharded already, and an adapter has to be sharded with it. Call"
             " `lightning_lora.inject` in `configure_model`, with the options of the callback, before `fully_shard`."
         )
-    owners: dict[str, list[targets.Target]] = {}
+    owners: dict[str, list[Target]] = {}
     for target in found.adapted:
         owners.setdefault(target.owner, []).append(target)
     made: dict[str, Adapter] = {}
@@ -185,7 +186,7 @@ def _may_nest(encoder: nn.TransformerEncoder) -> bool:
     return not hosts or (first and all(host.holds_increment for host in hosts))
 
 
-def _make(target: targets.Target, options: Options, holds: bool, padding_idx: int | None) -> Adapter:
+def _make(target: Target, options: Options, holds: bool, padding_idx: int | None) -> Adapter:
     stored = storage_of(target.module)
     return DECOMPOSITIONS[options.decomposition].initial(
         target.weight if stored is None else stored.dequantized(),
