@@ -8,8 +8,8 @@
 for a whole step on 32 rows, in each mode. ``step``: the same of a Llama of random weights in bfloat16 on 32 tokens,
 beside the frozen model's forward and backward. Quartiles. ``save``: seconds of ``Trainer.save_checkpoint``, and the
 peak of the memory that the process holds meanwhile above what it held before, in MiB; the first save and the median of
-the next. Each mode of a model has a process of its own. ``--cpu`` counts the seconds of the process, not of the clock,
-with one thread, where other work disturbs.
+the next. Each mode of a model has a process of its own. ``--cpu`` counts the seconds of the process and not of the
+clock, with one thread, where other work disturbs.
 """
 
 from __future__ import annotations
