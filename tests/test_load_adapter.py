@@ -141,7 +141,7 @@ def test_several_adapters_share_one_module(run):
 
 
 def test_a_module_with_the_files_own_merged_weights_gets_its_w0_back(run):
-    file, expected, _trained = run("merged")
+    file, expected, _ = run("merged")
     model = Net.load_from_checkpoint(file)
     with pytest.warns(UserWarning, match="W0 was recovered from them, with an error of at most"):
         load_adapter(model, file)
@@ -168,7 +168,7 @@ def test_other_pretrained_weights_are_refused_and_nothing_changes(name, run):
 
 
 def test_a_failed_load_leaves_the_adapter_in_use(run):
-    model, (file, _expected, _) = Net(), run("head")
+    model, (file, *_) = Net(), run("head")
     load_adapter(model, file)
     model.layers[0]._parameters["weight"].data[0, 0] += 1
     changed = output(model)
@@ -178,7 +178,7 @@ def test_a_failed_load_leaves_the_adapter_in_use(run):
 
 
 def test_a_dictionary_is_a_file_too_and_is_left_as_it_is(run):
-    file, _expected, _ = run("adapter")
+    file, *_ = run("adapter")
     checkpoint = torch.load(file, weights_only=True)
     before = copy.deepcopy(checkpoint["lightning_lora"]["adapters"])
     model = Net()
@@ -251,10 +251,10 @@ def test_what_is_no_increment_alone_has_no_sum(run):
     assert torch.equal(output(model), now)
 
 
-# ---------------------------------------------------------------------------------------------- the rest of the house
+# ------------------------------------------------------------------------------------------------ the rest of the house
 
 
-def test_merging_disabling_copies_and_casts_take_loaded_adapters_as_others(run):
+def test_merging_disabling_copies_and_casts_take_loaded_adapters_too(run):
     file, expected, trained = run("head")
     model = Net()
     load_adapter(model, file)
@@ -348,7 +348,7 @@ def test_files_without_usable_adapters_say_why(run, tmp_path):
 
 
 def test_load_from_checkpoint_of_an_adapter_file_ends_with_what_to_do(run):
-    file, _expected, _ = run("adapter")
+    file, *_ = run("adapter")
     with pytest.raises(RuntimeError) as error:
         Net.load_from_checkpoint(file)
     last = str(error.value).strip().splitlines()[-1]

@@ -136,7 +136,7 @@ def test_ranks_of_known_spectra():
     sigma = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [10, 1, 0, 0], [9, 3, 1, 0], [0, 0, 0, 0]], dtype=torch.float64)
     two = math.exp(-(10 / 11 * math.log(10 / 11) + 1 / 11 * math.log(1 / 11)))
     assert effective_rank(sigma)[[0, 1, 2, 4]].tolist() == pytest.approx([4, 1, two, 0])
-    assert rank_holding(sigma, 0.99).tolist() == [4, 1, 1, 3, 0] or rank_holding(sigma, 0.99).tolist() == [
+    assert rank_holding(sigma, 0.99)[[0, 1, 2, 4]].tolist() == [4, 1, 1, 0]
         4,
         1,
         1,
@@ -305,10 +305,13 @@ def test_a_run_logs_what_the_table_says_at_these_steps(decomposition, gradient, 
             super().on_train_batch_end(trainer, pl_module, *args)
             tables[trainer.global_step] = adapter_table(pl_module)
 
-    options = {"gradient": gradient, "decomposition": decomposition, "log_adapters_every_n_steps": 2}
-    trainer(tmp_path, Looks(rank=2, log_memory=False, **options), logger=rows, log_every_n_steps=2, max_steps=5).fit(
-        Net(), data()
-    )
+    options = {
+        "gradient": gradient,
+        "decomposition": decomposition,
+        "log_adapters_every_n_steps": 2,
+        "log_memory": False,
+    }
+    trainer(tmp_path, Looks(rank=2, **options), logger=rows, log_every_n_steps=2, max_steps=5).fit(Net(), data())
     seen = {step: {k: v for k, v in row.items() if k.startswith("lora/")} for step, row in rows.rows.items()}
     seen = {step: row for step, row in seen.items() if row}
     assert list(seen) == [1, 3]  # Lightning counts from zero
