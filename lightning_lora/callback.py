@@ -255,9 +255,10 @@ class LoRA(Callback):
             run.adapter_log = AdapterLog(every, trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Whatever was to be read from a file has been read."""
+        """Whatever was to be read from a file has been read; weights have followed their adapters."""
         if self._run is not None:
             self._run.waits_for_file = False
+            self._run.check_followed()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -267,6 +268,7 @@ class LoRA(Callback):
         run.check_hooks("on_train_start")
         run.wrap_hooks()
         run.unfreeze()
+        run.check_followed()
         if run.batches == 1:
             run.check_untouched()
         if run.meter is not None:
@@ -339,8 +341,8 @@ class LoRA(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave a plain module behind, with merged weights."""
         run, self._run = self._run, None
-        if run is not None:
-            run.finish()
+        if run is not None and (error := run.finish()) is not None:
+            raise error
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

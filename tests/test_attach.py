@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from models import Net, data, trainer
 from torch import nn
 
-from lightning_lora import adapters, attach, inject, merge
+from lightning_lora import LoRA, adapters, attach, inject, merge
 from lightning_lora.errors import LoRAError
 
 GRADIENTS = ["merged", "projected"]
@@ -187,3 +189,33 @@ def test_after_a_step_that_an_exception_ended_the_module_can_be_merged():
     handle.remove()
     merge(module)
     assert all(torch.equal(module.get_submodule(name).weight, W0[name]) for name in W0)
+
+
+@pytest.mark.parametrize("gradient", ["merged", "projected"])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_start", "on_train_end"])
+def test_a_run_notices_what_other_code_than_an_optimizer_writes(hook, gradient, tmp_path):
+    class Writes(Callback):
+        pass
+
+    def write(self, trainer, pl_module, *_):
+        with torch.no_grad():
+            for adapter in adapters(pl_module).values():
+                adapter.B += 1
+
+    setattr(Writes, hook, write)
+    model = Net()
+    with pytest.raises(LoRAError, match="its weight, which holds the increment, did not follow"):
+        trainer(tmp_path, LoRA(rank=2, gradient=gradient), Writes(), limit_train_batches=3).fit(model, data(), data())
+    assert not adapters(model)
+
+
+def test_in_factored_mode_other_code_may_write(tmp_path):
+    class Writes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            with torch.no_grad():
+                for adapter in adapters(pl_module).values():
+                    adapter.B *= 0.5
+
+    model = Net()
+    trainer(tmp_path, LoRA(rank=2), Writes(), limit_train_batches=3).fit(model, data(), data())
+    assert not torch.equal(model.layers[0].weight, Net().layers[0].weight)

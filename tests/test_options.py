@@ -130,7 +130,7 @@ def test_options_of_peft_are_answered_with_ours(take, options, match):
 def test_the_signature_of_the_callback_names_every_option_and_no_other():
     names = set(inspect.signature(LoRA).parameters)
     fields = {field.name for field in dataclasses.fields(Options)}
-    assert names == fields | {"checkpoint", "adapter", "exact_resume", "log_memory"}
+    assert names == fields | {"checkpoint", "adapter", "exact_resume", "log_memory", "log_adapters_every_n_steps"}
     defaults = {name: p.default for name, p in inspect.signature(LoRA).parameters.items()}
     assert all(defaults[name] == getattr(Options(), name) for name in fields)
 

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_lora import adapters, attach, inject
 from lightning_lora.adapters import draws
 from lightning_lora.adapters.adapter import Adapter
+from lightning_lora.checkpoint.format import check_format
 from lightning_lora.weights import counter
 from lightning_lora.weights.rounding import round_stochastically
 
@@ -208,7 +209,9 @@ def test_a_drawn_a_that_a_file_leaves_out_is_that_of_the_files_format(version):
     (adapter,) = adapters(module).values()
     state = {**adapter.state(module[0].weight), "steps": 5, "drawn_at": 4, "B": torch.ones_like(adapter.B)}
     assert "A" not in state
-    adapter.load_tensors(adapter.resume(state, version))
+    payload = {"version": version, "form": "merged", "adapters": {"0": state}, "trained": [], "base": {}}
+    check_format(payload)
+    adapter.load_tensors(adapter.resume(payload["adapters"]["0"]))
     if version <= 2:
         generator = draws.generator("0/0", "4")
         expected = torch.zeros(2, 6).normal_(0, 2**-0.5, generator=generator)

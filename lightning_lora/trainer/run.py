@@ -107,6 +107,8 @@ class Run:
         """Adapted weights, with the names of their adapters."""
         self._rounded: list[Adapter] = []
         """Adapters whose weights are rounded at each draw."""
+        self._holding: list[Adapter] = []
+        """Adapters whose weights hold their increments, and have to follow them."""
         self._unfreezable: dict[Tensor, str] = {}
         """Frozen weights that may be unfrozen by the module's own code while it trains, with their names."""
         self._watched: dict[str, tuple[Any, ...]] = {}
@@ -388,6 +390,7 @@ class Run:
             self.meter = MemoryMeter(module, trainer.optimizers, trainer.world_size, full)
         self._adapted = {place.weight: place.name for place in places(module)}
         self._rounded = [adapter for adapter in adapters(module).values() if adapter.resample is not None]
+        self._holding = [adapter for adapter in adapters(module).values() if adapter.holds]
         self._unfreezable = {p: n for p, n in frozen_weights(module).items() if p not in self._adapted}
         if not self.hides and not self.is_sharded:
             self._watched = {name: seen(p) for name, p in self._untrained().items()}
@@ -508,6 +511,15 @@ class Run:
             for substitution in self.substitutions:
                 substitution.put_back(thawed)
 
+    def check_followed(self) -> None:
+        """Raise if A or B was written by other code than an optimizer's step, and the weight did not follow.
+
+        Raises:
+            LoRAError: If so; with what to do.
+        """
+        for adapter in self._holding:
+            adapter.check_followed()
+
     def check_untouched(self) -> None:
         """Warn if other code than an optimizer has written frozen parameters in the first batch."""
         watched, self._watched = self._watched, {}
@@ -546,11 +558,22 @@ class Run:
         original(exception)
         self.finish()
 
-    def finish(self) -> None:
-        """Leave a plain module behind, with merged weights, and nothing of the run on it, whatever happened."""
+    def finish(self) -> LoRAError | None:
+        """Leave a plain module behind, with merged weights, and nothing of the run on it, whatever happened.
+
+        Returns:
+            What :meth:`check_followed` raises: weights are then without what other code has written to A and B.
+        """
         module = self._module()
         if module is None or RUNS.get(module) is not self:
-            return
+            return None
+        error = None
+        try:
+            self.check_followed()
+        except LoRAError as lost:
+            error = lost
+            for adapter in self._holding:
+                adapter.set_followed()
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -560,7 +583,7 @@ class Run:
         if adapters(module) and sharded.is_sharded(module):
             # the optimizer's state is saved by names in the module: adapters stay until `merge`, and files are merged
             self.hooks.remove(but="on_save_checkpoint")
-            return
+            return error
         del RUNS[module]
         self.hooks.remove()
         if self.trains and adapters(module):
@@ -578,6 +601,7 @@ class Run:
             merge(module)
             self.callback.keep_finished(module, payload, states)
         self.undo_substitutions()
+        return error
 
 
 class Finished:
