@@ -40,9 +40,8 @@ METHODS: dict[str, Method] = {
     "SGD anew both k=1 r=1": Method("SGD", _anew("both", 1, rank=1)),
     "orthogonal r=8": Method("AdamW", {"rank": 8, "init": "orthogonal"}),
     "PiSSA r=8": Method("AdamW", {"rank": 8, "init": "pissa"}),
-    "LoRA r=2": Method("AdamW", {"rank": 2}),
-    **{f"LoRA r={r}, head 2": Method("AdamW", {"rank": r, "rank_pattern": HEAD}) for r in (4, 8, 16)},
-    **{f"additive r={r}": Method("AdamW", {"rank": r, "decomposition": "additive"}) for r in (1, 2, 4, 16)},
+    **{f"LoRA r={r}, head 2": Method("AdamW", {"rank": r, "rank_pattern": HEAD}) for r in (8, 16)},
+    **{f"additive r={r}": Method("AdamW", {"rank": r, "decomposition": "additive"}) for r in (1, 16)},
 }
 LOW = "full, low rate"
 """Full AdamW at a tenth of its tuned rate."""
