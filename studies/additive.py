@@ -106,8 +106,6 @@ def fit_increments(method: str, lr: float, seed: int, steps: int) -> dict[str, A
 
 PAIRS = (
     ("additive r=1", "LoRA r=1"),
-    ("additive r=2", "LoRA r=2"),
-    ("additive r=4", "LoRA r=4, head 2"),
     ("additive r=8", "LoRA r=8, head 2"),
     ("additive r=16", "LoRA r=16, head 2"),
 )

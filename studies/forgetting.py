@@ -10,10 +10,10 @@ import torch
 
 from lightning_lora.metrics import forgetting
 from studies.cells import Results
-from studies.methods import LOW, METHODS, Plan, finite, runs, tuned
+from studies.methods import LOW, LOWERED, METHODS, Plan, finite, runs, tuned
 from studies.statistics import at_level, band, dummies, explained, holm, paired, spearman
 
-NAMES = ["full", LOW, *list(METHODS)[1 : list(METHODS).index("orthogonal r=8")]]
+NAMES = [*list(METHODS)[: list(METHODS).index("orthogonal r=8")], *LOWERED]
 LEVELS = (0.5, 0.8, 0.9)
 """Accuracies on the new task at which methods are compared."""
 LEVEL = 0.8
@@ -27,10 +27,15 @@ def reference(name: str) -> str:
 
 
 PAIRS = [
-    *[(name, reference(name)) for name in NAMES if name != reference(name)],
+    *[(name, reference(name)) for name in NAMES if name not in (reference(name), *LOWERED)],
     ("SGD full", "full"),
-    *[(f"anew {form} k={k}", "LoRA r=8") for form in ("both", "A") for k in (1, 10, 100)],
-    *[(f"SGD anew {form} k={k}", "SGD LoRA r=8") for form in ("both", "A") for k in (1, 10, 100)],
+    *[(f"{prefix}anew {form} k=1", f"{prefix}LoRA r=8") for prefix in ("", "SGD ") for form in ("both", "A")],
+    (LOW, "full"),
+    ("full, a third", "full"),
+    ("SGD full, a third", "SGD full"),
+    ("LoRA r=8, a third", "full, a third"),
+    ("anew both k=1, a third", "full, a third"),
+    ("SGD anew both k=1, a third", "SGD full, a third"),
 ]
 """A method, and what it is compared with on the same seeds."""
 
@@ -128,7 +133,7 @@ def study(results: Results, plan: Plan) -> dict[str, Any]:
     return {
         "seeds": len(plan.seeds),
         "start": band(start),
-        "searches": tuned(results, [name for name in names if name != LOW], plan),
+        "searches": tuned(results, [name for name in names if name not in LOWERED], plan),
         "methods": {name: describe(rows) for name, rows in data.items()},
         "tests": compare(data, LEVEL),
         "distance": by_distance(data),

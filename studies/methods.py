@@ -40,12 +40,14 @@ METHODS: dict[str, Method] = {
     "SGD anew both k=1 r=1": Method("SGD", _anew("both", 1, rank=1)),
     "orthogonal r=8": Method("AdamW", {"rank": 8, "init": "orthogonal"}),
     "PiSSA r=8": Method("AdamW", {"rank": 8, "init": "pissa"}),
-    "LoRA r=2": Method("AdamW", {"rank": 2}),
-    **{f"LoRA r={r}, head 2": Method("AdamW", {"rank": r, "rank_pattern": HEAD}) for r in (4, 8, 16)},
-    **{f"additive r={r}": Method("AdamW", {"rank": r, "decomposition": "additive"}) for r in (1, 2, 4, 16)},
+    **{f"LoRA r={r}, head 2": Method("AdamW", {"rank": r, "rank_pattern": HEAD}) for r in (8, 16)},
+    **{f"additive r={r}": Method("AdamW", {"rank": r, "decomposition": "additive"}) for r in (1, 16)},
 }
 LOW = "full, low rate"
 """Full AdamW at a tenth of its tuned rate."""
+THIRD = ("full", "LoRA r=8", "anew both k=1", "SGD full", "SGD anew both k=1")
+LOWERED = {LOW: ("full", 0.1), **{f"{name}, a third": (name, 10**-0.5) for name in THIRD}}
+"""A tuned method at so many times its tuned rate."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,14 @@ def tune(name: str, plan: Plan) -> dict[str, Any]:
     return search(loss, MIDDLE[method.optimizer], plan.widest)
 
 
+def tuned_name(name: str) -> str:
+    """Return the method whose search gives the rate of the method ``name``."""
+    return LOWERED[name][0] if name in LOWERED else name
+
+
 def run_cell(name: str, lr: float, seed: int, plan: Plan) -> dict[str, Any]:
     """Run the method ``name``."""
-    return run(METHODS["full" if name == LOW else name], lr, seed, plan.steps)
+    return run(METHODS[tuned_name(name)], lr, seed, plan.steps)
 
 
 def file_name(method: str) -> str:
@@ -149,10 +156,9 @@ def tuned(results: Results, names: Sequence[str], plan: Plan) -> dict[str, dict[
 
 def runs(results: Results, names: Sequence[str], plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Return the runs of the methods ``names`` at their tuned rates, one for each seed."""
-    searches = tuned(results, list(dict.fromkeys("full" if name == LOW else name for name in names)), plan)
-    rates = {name: searches[name]["best"] for name in names if name != LOW}
-    if LOW in names:
-        rates[LOW] = float(f"{searches['full']['best'] / 10:.2g}")
+    searches = tuned(results, list(dict.fromkeys(tuned_name(name) for name in names)), plan)
+    rates = {name: searches[tuned_name(name)]["best"] for name in names}
+    rates |= {name: float(f"{rates[name] * LOWERED[name][1]:.2g}") for name in names if name in LOWERED}
     cells = {
         (name, seed): Cell(f"runs/{file_name(name)}-{seed}", run_cell, (name, rates[name], seed, plan))
         for seed in plan.seeds

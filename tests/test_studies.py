@@ -296,15 +296,15 @@ def test_the_nearest_additive_increment_is_that_of_least_squares(rank):
 
 
 def test_what_the_forms_can_be_they_leave_nothing_of():
-    adaptation = Adaptation(pretrained(0), METHODS["additive r=4"], 0.01, 0)
+    adaptation = Adaptation(pretrained(0), METHODS["additive r=8"], 0.01, 0)
     for x, y in batches(task(0).new_train, 8, 3, 0):
         adaptation.backward(x, y)
         adaptation.optimizer.step()
     delta = adaptation.moved()[adaptation.names.index("blocks.0.qkv.weight")].double()
-    assert additive.left_by_additive(delta, 4) < 1e-9
+    assert additive.left_by_additive(delta, 8) < 1e-9
     assert additive.left_by_additive(delta, 2) > 1e-3
-    assert additive.left_by_product(delta, 8) < 1e-9  # of rank up to 2r
-    assert additive.left_by_product(delta, 2) > 1e-3
+    assert additive.left_by_product(delta, 16) < 1e-9  # of rank up to 2r
+    assert additive.left_by_product(delta, 4) > 1e-3
     assert additive.left_by_product(torch.diag(torch.tensor([2.0, 1.0, 1.0])), 1) == pytest.approx(1 / 3)
 
 
@@ -315,7 +315,7 @@ def test_of_random_targets_the_additive_form_takes_its_share_of_dimensions():
 
 
 def test_pairs_of_forms_have_equal_numbers_of_parameters():
-    for pair in additive.PAIRS[:4]:
+    for pair in additive.PAIRS[:2]:
         counts = [Adaptation(pretrained(0), METHODS[name], 0.1, 0).trained for name in pair]
         assert counts[0] == counts[1]
 
