@@ -36,8 +36,8 @@ with `LoRA()` as it stands. Made by `python benchmarks/zoo.py` with Python {sys.
 - **W0**: the weights that have an adapter are bitwise what they were, at the end of training, while adapted.
 - **output**: the adapted module's output equals the merged module's. Given: the largest difference, and how much
   training changed the output.
-- **file**: after `fit` the module holds bit for bit what the last checkpoint holds. In a process that never imports this
-  library the checkpoint loads with `weights_only=True` and strict into the plain model, whose output is then the
+- **file**: after `fit` the module holds bit for bit what the last checkpoint holds. In a process that never imports
+  this library the checkpoint loads with `weights_only=True` and strict into the plain model, whose output is then the
   adapted module's; before the first step both had the same loss. (1) The library pickles objects of its own into every
   checkpoint, so `weights_only=True` refuses those of plain runs too.
 - **resume**: continuing from the first epoch's checkpoint ends at the same step with the same bits as the whole run.
