@@ -31,13 +31,15 @@ Models of other people's libraries, trained for a few steps by the library's own
 with `LoRA()` as it stands. Made by `python benchmarks/zoo.py` with Python {sys.version.split()[0]} and torch
 {torch.__version__}, on a CPU.
 
-- **fit**: it trains, and after `fit` the module holds bit for bit what the last checkpoint holds.
+- **fit**: it trains. Where it does not, and the error says to use `gradient="merged"`, "file" and "resume" are of a run
+  with that.
 - **W0**: the weights that have an adapter are bitwise what they were, at the end of training, while adapted.
 - **output**: the adapted module's output equals the merged module's. Given: the largest difference, and how much
   training changed the output.
-- **file**: in a process that never imports this library the checkpoint loads with `weights_only=True` and strict into
-  the plain model, whose output is then the adapted module's; before the first step both had the same loss. (1) The
-  library pickles objects of its own into every checkpoint, so `weights_only=True` refuses those of plain runs too.
+- **file**: after `fit` the module holds bit for bit what the last checkpoint holds. In a process that never imports
+  this library the checkpoint loads with `weights_only=True` and strict into the plain model, whose output is then the
+  adapted module's; before the first step both had the same loss. (1) The library pickles objects of its own into every
+  checkpoint, so `weights_only=True` refuses those of plain runs too.
 - **resume**: continuing from the first epoch's checkpoint ends at the same step with the same bits as the whole run.
 - **merged**, **projected**: the same with these gradients; output as above, and the losses are those of the first run.
 

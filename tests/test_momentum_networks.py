@@ -68,6 +68,16 @@ class Dino(Byol):
             target.mul_(self.decay).add_(online[name], alpha=1 - self.decay)
 
 
+class Lightly(Byol):
+    """A momentum network that is moved by operations on lists, as lightly's own."""
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        target = list(self.target.parameters())
+        torch._foreach_mul_(target, self.decay)
+        torch._foreach_add_(target, list(self.online.parameters()), alpha=1 - self.decay)
+
+
 class Sac(Byol):
     """A target network whose weights look trainable and are in no optimizer."""
 
@@ -112,7 +122,7 @@ def test_in_merged_mode_a_target_network_that_looks_trainable_follows_too(tmp_pa
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", [Byol, Dino])
+@pytest.mark.parametrize("kind", [Byol, Lightly, Dino])
 def test_in_factored_mode_the_run_says_what_to_use(kind, tmp_path):
     if kind is Dino:
         with pytest.warns(UserWarning, match="gradient='merged'"):

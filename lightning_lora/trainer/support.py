@@ -230,6 +230,7 @@ def explain(exception: BaseException, hidden: bool) -> str | None:
             " `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` in its place."
         )
     by_name = isinstance(exception, KeyError | AssertionError)
+    pairs = ("must match the size", "shape", "zip()", "same number of tensors")
     if hidden and "empty" in said:
         return said + (
             "If this code goes through the `parameters()` that require gradients, as perturbations by hand do: A and B"
@@ -240,7 +241,7 @@ def explain(exception: BaseException, hidden: bool) -> str | None:
             "If this code goes by `requires_grad`, as shadows do: LoRA freezes the pretrained weights. Use"
             " `EMAWeightAveraging` with `gradient='factored'` in its place."
         )
-    if by_name or (not hidden and any(hint in said for hint in ("must match the size", "shape", "zip()"))):
+    if by_name or (not hidden and any(hint in said for hint in pairs)):
         return said + (
             "If this code goes through `parameters()` or their names, as momentum and target networks do: A and B are"
             " among them with `gradient='factored'`. Use `gradient='merged'`, in which the module has its own"
