@@ -399,7 +399,10 @@ def test_a_whole_study_gives_tables_and_figures(quiet, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", list(STUDIES))
+WITH_RESULTS = [name for name in STUDIES if (ROOT / f"studies/results/summaries/{name}.json").exists()]
+
+
+@pytest.mark.parametrize("name", WITH_RESULTS)
 def test_the_tables_in_the_docs_are_those_of_the_committed_results(name):
     summary = json.loads((ROOT / f"studies/results/summaries/{name}.json").read_text())
     lines = "".join(report.tables(name, summary).values()).splitlines()
