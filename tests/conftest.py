@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 torch.set_num_threads(1)
 
+GRID, EACH = 9, 3
+"""Of a test with at least so many cases, each third case is fast, and the others are slow."""
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK")
 
 
@@ -23,3 +25,15 @@ def no_trace_of_a_launch():
         os.environ.pop(name, None)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but a sample of each grid of cases as slow, before ``-m`` selects."""
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in grids.values():
+        for index, item in enumerate(cases):
+            if len(cases) >= GRID and index % EACH:
+                item.add_marker(pytest.mark.slow)
