@@ -22,7 +22,6 @@ from models import (
 from torch import nn
 
 from lightning_lora import LoRA, adapters, inject
-from lightning_lora.trainer import tables as summary
 
 
 class Watch(Callback):
@@ -276,7 +275,7 @@ def summarised(tmp_path, capsys, caplog, **options):
 
 @pytest.mark.parametrize("rich", [True, False])
 def test_the_table_names_what_is_adapted_and_what_is_trained_besides(rich, tmp_path, capsys, caplog, monkeypatch):
-    monkeypatch.setattr(summary, "RequirementCache", lambda _: rich)
+    monkeypatch.setattr("lightning_lora.table.has_rich", lambda: rich)
     text = summarised(tmp_path, capsys, caplog)
     table = text[text.index("Adapted modules") :]
     words = table.replace("│", " ").replace("┃", " ").replace("|", " ").split()
@@ -288,7 +287,7 @@ def test_the_table_names_what_is_adapted_and_what_is_trained_besides(rich, tmp_p
     assert "in adapters 120" in line
     assert "besides 32 (layers.*.weight, layers.*.bias)" in line
     assert f"Params of the model {n}" in line
-    assert ("Adapted modules" in caplog.text) is not rich
+    assert ("┃ Adapted modules" in text) is rich
 
 
 def test_layers_that_differ_in_number_only_share_a_row(tmp_path, capsys, caplog):

@@ -25,9 +25,9 @@ from transformers import LlamaModel as Llama
 from lightning_lora import adapters, attach, inject
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import merge
-from lightning_lora.injection.naming import plain_name, state_key
 from lightning_lora.injection.options import Options
 from lightning_lora.injection.targets import resolve
+from lightning_lora.naming import plain_name, state_key
 
 TINY = LlamaConfig(
     vocab_size=32,

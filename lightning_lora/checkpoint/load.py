@@ -31,8 +31,8 @@ from lightning_lora.injection.inject import (
     set_flags,
     unnested,
 )
-from lightning_lora.injection.naming import plain_name, unwrapped
 from lightning_lora.injection.options import Options
+from lightning_lora.naming import plain_name, unwrapped
 from lightning_lora.weights import sharded
 from lightning_lora.weights.quantized import storages
 

@@ -43,8 +43,8 @@ from lightning_lora.errors import LoRAError, warn
 from lightning_lora.hosts import layer_of, stacks, storage_of
 from lightning_lora.injection.inject import Injection, adapters, inject_options, injections, places, trained_besides
 from lightning_lora.injection.layers import output_heads
-from lightning_lora.injection.naming import plain_name, state_key, unwrapped
 from lightning_lora.injection.options import Options, matches
+from lightning_lora.naming import plain_name, state_key, unwrapped
 from lightning_lora.weights import sharded
 
 WEIGHTS, OLD_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"

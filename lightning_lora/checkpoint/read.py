@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.adapters.sharded import gathered
 from lightning_lora.checkpoint.fingerprints import fingerprint
 from lightning_lora.checkpoint.format import (
     KEY,
@@ -24,10 +25,9 @@ from lightning_lora.checkpoint.format import (
 from lightning_lora.checkpoint.write import fold
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.injection.inject import Place, injections, places, trained_besides
-from lightning_lora.injection.naming import state_key
+from lightning_lora.naming import state_key
 from lightning_lora.weights import sharded
 from lightning_lora.weights.quantized import Storage, is_quantized, storages
-from lightning_lora.weights.sharded_adapters import gathered
 
 NO_FILE: State = {"base": {}, "adapters": {}}
 

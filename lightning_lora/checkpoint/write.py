@@ -18,8 +18,8 @@ from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
 from lightning_lora.checkpoint.format import NOTICE, VERSION, State, weight_key
 from lightning_lora.hosts import layer_of
 from lightning_lora.injection.inject import places, trained_besides
-from lightning_lora.injection.naming import state_key
 from lightning_lora.injection.options import Options
+from lightning_lora.naming import state_key
 from lightning_lora.weights import sharded
 from lightning_lora.weights.quantized import Storage, storages, without_extras
 

@@ -23,8 +23,8 @@ from lightning_lora.checkpoint.format import KEY, NUMBERS, VERSION, State, check
 from lightning_lora.checkpoint.read import cast_as, cast_to_match
 from lightning_lora.cli.files import Planned, WeightFile, read, release, shape_and_dtype, write
 from lightning_lora.errors import LoRAError
-from lightning_lora.injection.naming import plain_name
 from lightning_lora.injection.options import Options
+from lightning_lora.naming import plain_name
 from lightning_lora.weights.digest import digest
 
 TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "MixedPrecision", KEY)

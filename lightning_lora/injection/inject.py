@@ -25,8 +25,8 @@ from lightning_lora.hosts import (
 )
 from lightning_lora.injection import targets
 from lightning_lora.injection.layers import Target
-from lightning_lora.injection.naming import plain_name, state_key, unwrapped
 from lightning_lora.injection.options import Options, differences
+from lightning_lora.naming import plain_name, state_key, unwrapped
 from lightning_lora.weights import sharded as shards
 from lightning_lora.weights.quantized import REWRITES, storages, without_extras
 

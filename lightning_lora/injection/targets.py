@@ -23,8 +23,8 @@ from lightning_lora.injection.layers import (
     outside_metrics,
     own_weights,
 )
-from lightning_lora.injection.naming import plain_name
 from lightning_lora.injection.options import KINDS, Options, Rule, matches, matches_pattern, matches_suffix, nearest
+from lightning_lora.naming import plain_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_lora import _compat
 from lightning_lora.injection.inject import places, trained_without
 from lightning_lora.memory.activations import Watch, nbytes, parameters
-from lightning_lora.memory.optimizer_states import Owner, derived_nbytes, makes_states, measured_nbytes, owners
+from lightning_lora.memory.optimizer_states import Owner, derived_nbytes, measured_nbytes, owners
 from lightning_lora.memory.report import Memory, MemoryReport
 from lightning_lora.weights import sharded as shards
 from lightning_lora.weights.quantized import storages
@@ -83,7 +83,7 @@ class MemoryMeter:
         del self._module
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if shards.is_sharded(self._module) and makes_states(optimizer):
+        if shards.is_sharded(self._module) and shards.makes_states(optimizer):
             return
         shards.reshard(self._module)
         self._stepped.add(optimizer)

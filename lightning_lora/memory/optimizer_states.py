@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.memory.activations import nbytes, plain_tensors
-from lightning_lora.weights import sharded as shards
 
 Owner = tuple[Optimizer, Mapping[str, Any]]
 """An optimizer and one of its groups."""
@@ -32,17 +31,6 @@ def owners(optimizers: Iterable[Optimizer]) -> dict[Tensor, Owner]:
     return {
         p: (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
     }
-
-
-def makes_states(optimizer: Optimizer) -> bool:
-    """Whether a step of an ``optimizer`` of sharded parameters is none, but how torch makes states to save or to load.
-
-    All learning rates are zero then, and all gradients. All processes ask this together.
-    """
-    if any(group.get("lr", 0) != 0 for group in optimizer.param_groups):
-        return False
-    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-    return not shards.any_element(gradient for gradient in gradients if gradient is not None)
 
 
 def measured_nbytes(optimizers: Iterable[Optimizer]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lightning_lora.trainer.tables import Table
+from lightning_lora.table import Table
 
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")

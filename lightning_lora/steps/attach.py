@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.adapters.sharded import follow_step
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import Injection, Place, adapters, places
 from lightning_lora.injection.options import Options
-from lightning_lora.memory.optimizer_states import makes_states
 from lightning_lora.steps.resample import check_moments, draw_anew, forget, warn_of_decay
 from lightning_lora.weights import sharded as shards
-from lightning_lora.weights.sharded_adapters import follow_step
 
 _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 """Adapter -> the optimizers whose steps it follows."""
@@ -118,7 +117,7 @@ class _Attached:
         self._call = None
         skipped = getattr(self.optimizer, "found_inf", None)
         # set by a GradScaler for a fused optimizer, which skips on the device: without a look at it, nobody knows
-        if (skipped is None or not skipped.item()) and not (self._sharded and makes_states(self.optimizer)):
+        if (skipped is None or not skipped.item()) and not (self._sharded and shards.makes_states(self.optimizer)):
             for follower in self.followers:
                 follower.follow(self.optimizer)
         for follower in self.followers:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.adapters.sharded import gathered
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.weights import sharded as shards
 from lightning_lora.weights.full_precision import full_precision
-from lightning_lora.weights.sharded_adapters import gathered
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")

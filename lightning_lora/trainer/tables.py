@@ -1,71 +1,19 @@
-"""Tables for people, and the one that is printed when training starts."""
+"""The table that is printed when training starts: what is adapted, and what was left out."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import re
 from collections.abc import Iterable
 
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
-from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.injection.inject import Injection, adapters, injections, places
-from lightning_lora.injection.naming import plain_name
 from lightning_lora.injection.targets import summary
+from lightning_lora.naming import plain_name
+from lightning_lora.table import Table
 from lightning_lora.weights.quantized import numel
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of cells, and below them labels with a value each."""
-
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    below: list[tuple[str, str]]
-    right: tuple[str, ...] = ()
-    """The columns whose cells stand at the right."""
-
-    def print(self) -> None:
-        """A rich table where rich is installed, else a plain one in the log."""
-        if RequirementCache("rich"):
-            self._print_rich()
-        else:
-            log.info("\n" + self.plain())
-
-    def plain(self) -> str:
-        """Text."""
-        widths = [max(len(row[column]) for row in (self.header, *self.rows)) for column in range(len(self.header))]
-
-        def line(row: tuple[str, ...]) -> str:
-            cells = zip(self.header, row, widths, strict=True)
-            return " | ".join(
-                cell.rjust(width) if column in self.right else cell.ljust(width) for column, cell, width in cells
-            ).rstrip()
-
-        rule = "-" * (sum(widths) + 3 * len(widths))
-        width = max(len(label) for label, _ in self.below)
-        below = (f"{label.ljust(width)}  {value}" for label, value in self.below)
-        return "\n".join([line(self.header), rule, *map(line, self.rows), rule, *below])
-
-    def _print_rich(self) -> None:
-        from rich import get_console
-        from rich.table import Table as RichTable
-
-        table = RichTable(header_style="bold magenta")
-        for column in self.header:
-            table.add_column(column, justify="right" if column in self.right else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        grid = RichTable.grid(padding=(0, 2))
-        for label, value in self.below:
-            grid.add_row(f"[bold]{label}[/]", value)
-        get_console().print(table)
-        get_console().print(grid)
 
 
 def print_summary(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_lora.injection.naming import state_key
+from lightning_lora.naming import state_key
 from lightning_lora.weights.digest import digest
 
 

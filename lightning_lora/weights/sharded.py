@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -130,3 +131,14 @@ def _own(value: Tensor, like: Any) -> Any:
     mesh = like.device_mesh
     everywhere = DTensor.from_local(value.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=like.placements).to(like.device)
+
+
+def makes_states(optimizer: Optimizer) -> bool:
+    """Return whether a step of ``optimizer``, of sharded parameters, is how torch makes states to save or to load.
+
+    All learning rates are zero then, and all gradients. All processes ask this together.
+    """
+    if any(group.get("lr", 0) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+    return not any_element(gradient for gradient in gradients if gradient is not None)
