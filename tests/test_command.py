@@ -313,7 +313,7 @@ def test_inspect_says_what_was_learned(folder, capsys):
     values = torch.linalg.svdvals(adapter.delta_weight(torch.float64))
     shares = values[:4] / values.sum()
     fingerprint = write.describe(module, next(injections(module)).options, "adapter", Fingerprints())["base"][
-        "0.weight"
+        "layer.weight"
     ]
     assert f"{values.norm():.4g}" in row
     assert f"{torch.exp(-(shares * shares.log()).sum()):.2f}" in row
