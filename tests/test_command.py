@@ -302,8 +302,8 @@ def test_a_run_goes_on_from_an_extracted_file(folder):
 
 
 def test_inspect_says_what_was_learned(folder, capsys):
-    module = nn.Sequential(nn.Linear(12, 10))
-    inject(module, rank=4, target_modules=["0"], alpha=8)
+    module = nn.ModuleDict({"layer": nn.Linear(12, 10)})
+    inject(module, rank=4, target_modules=["layer"], alpha=8)
     written(module, folder)
     ((name, adapter),) = adapters(module).items()
     assert main(["inspect", "run.ckpt", "--weights"]) == 0
@@ -312,7 +312,7 @@ def test_inspect_says_what_was_learned(folder, capsys):
     values = torch.linalg.svdvals(adapter.delta_weight(torch.float64))
     shares = values[:4] / values.sum()
     fingerprint = write.describe(module, next(injections(module)).options, "adapter", Fingerprints())["base"][
-        "0.weight"
+        "layer.weight"
     ]
     assert f"{values.norm():.4g}" in row
     assert f"{torch.exp(-(shares * shares.log()).sum()):.2f}" in row
