@@ -335,14 +335,16 @@ def test_diff_names_what_differs(folder, capsys):
     assert main(["diff", "one.pt", "one.pt", "--tolerance", "0.1"]) == 0
 
 
-def test_export_asks_for_the_files_of_peft(folder, monkeypatch):
+def test_export_writes_the_files_of_peft(folder):
     trained(folder)
-    asked = []
-    stub = types.ModuleType("peft")
-    stub.save_peft = lambda file, target, root="": asked.append((str(file), target, root))
-    monkeypatch.setitem(sys.modules, "lightning_lora.checkpoint.peft", stub)
     assert main(["export-peft", "run.ckpt", "out", "--root", "layers"]) == 0
-    assert asked == [("run.ckpt", "out", "layers")]
+    tensors = load_file("out/adapter_model.safetensors")
+    entries = torch.load("run.ckpt", weights_only=True)["lightning_lora"]["adapters"]
+    assert entries
+    for name, entry in entries.items():
+        prefix = f"base_model.model.{name.removeprefix('layers.')}"
+        assert torch.equal(tensors[f"{prefix}.lora_A.weight"], entry["A"])
+        assert torch.equal(tensors[f"{prefix}.lora_B.weight"], entry["B"].T)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad files
