@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.serialization import safe_globals
 
-from lightning_lora import LoRA, adapters, merged_state_dict
+from lightning_lora import LoRA, adapters, inject, merged_state_dict
 from lightning_lora.errors import LoRAError
 
 GRADIENTS = ("factored", "merged", "projected")
@@ -548,3 +548,11 @@ def test_an_average_that_is_written_to_a_state_dict_is_right_or_a_warning_says_t
         assert torch.allclose(outputs[kind], before) == told
     if gradient != "factored":
         torch.testing.assert_close(*outputs.values())
+
+
+def test_a_complex_weight_is_refused_as_what_it_is():
+    model = nn.Sequential(nn.Linear(8, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    with pytest.raises(LoRAError, match=r"The weight of '0' \(Linear\) is torch.complex64"):
+        inject(model, target_modules=["0"])
+    inject(model)
+    assert list(adapters(model)) == ["1"]
