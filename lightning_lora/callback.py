@@ -234,7 +234,6 @@ class LoRA(Callback):
         support.check_trained(trainer, pl_module, run.idle)
         if run.is_sharded:
             support.check_sharded(pl_module)
-        run.unreached = {name for name in adapters(pl_module) if name not in run.idle}
         if trainer.is_global_zero and _prints_summary(trainer):
             print_summary(pl_module)
         if trainer.is_global_zero and logs_hyperparameters(pl_module):
@@ -269,6 +268,9 @@ class LoRA(Callback):
         run.wrap_hooks()
         run.unfreeze()
         run.check_followed()
+        if run.batches == 0:
+            found = adapters(pl_module).items()
+            run.unreached = {name: adapter.versions() for name, adapter in found if name not in run.idle}
         if run.batches == 1:
             run.check_untouched()
         if run.meter is not None:
@@ -285,7 +287,9 @@ class LoRA(Callback):
         if run.unreached:
             known = adapters(pl_module)
             run.unreached = {
-                name for name in run.unreached if all(p.grad is None for p in known[name].trained.values())
+                name: versions
+                for name, versions in run.unreached.items()
+                if all(p.grad is None for p in known[name].trained.values())
             }
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -301,8 +305,11 @@ class LoRA(Callback):
         if run.adapter_log is not None:
             run.adapter_log.log(trainer, pl_module)
         if run.unreached:
-            warn(support.unreached(sorted(run.unreached)))
-            run.unreached = set()
+            self.on_after_backward(trainer, pl_module)
+            known = adapters(pl_module)  # an optimizer that the module called by itself may have stepped, and cleared
+            if left := [n for n, v in run.unreached.items() if known[n].resample or known[n].versions() == v]:
+                warn(support.unreached(sorted(left)))
+            run.unreached = {}
         if run.meter is not None:
             run.meter.end_batch()
         if run.meter is not None and (report := run.meter.report) is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from abc import ABC
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.serialization import safe_globals
 
-from lightning_lora import LoRA, adapters, merged_state_dict
+from lightning_lora import LoRA, adapters, inject, merged_state_dict
 from lightning_lora.errors import LoRAError
 
 GRADIENTS = ("factored", "merged", "projected")
@@ -462,6 +463,28 @@ def test_an_error_in_the_search_for_a_rate_leaves_the_module_plain(way, tmp_path
     assert (structure(model), digest(model.state_dict())) == (before, bits)
 
 
+class StepsWithTheBareOptimizer(WithEncoder):
+    """Calls the optimizer that Lightning has not wrapped, and clears the gradients last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        super().training_step(batch, batch_idx).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_module_that_steps_by_itself_is_not_told_that_no_gradient_came(gradient, tmp_path):
+    model, saves = StepsWithTheBareOptimizer(), Saves()
+    before = model(X)
+    trainer(tmp_path, LoRA(rank=2, gradient=gradient), saves).fit(model, data())
+    assert not torch.allclose(before, saves.output)
+
+
 # ------------------------------------------------------------------------- code that goes through what is trained
 
 
@@ -489,3 +512,47 @@ def test_code_that_finds_no_trained_parameter_is_told_of_the_mode_in_which_it_do
     with pytest.raises(LoRAError, match=r"perturbations by hand .*`gradient='factored'`, in which they are"):
         run.fit(model, data())
     assert not adapters(model)
+
+
+class AveragesStateDicts(Callback):
+    """Moves the state dict of a copy, made when training starts, towards the module's."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.copy = copy.deepcopy(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        for mine, value in zip(self.copy.state_dict().values(), pl_module.state_dict().values(), strict=True):
+            mine.lerp_(value, 0.5)
+
+
+class LoadsWhatItAverages(AveragesStateDicts):
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        state = self.copy.state_dict()
+        for key, value in pl_module.state_dict().items():
+            state[key].lerp_(value, 0.5)
+        self.copy.load_state_dict(state)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_an_average_that_is_written_to_a_state_dict_is_right_or_a_warning_says_that_it_is_lost(gradient, tmp_path):
+    outputs = {}
+    for kind in (AveragesStateDicts, LoadsWhatItAverages):
+        model, average = WithEncoder(), kind()
+        before = model(X)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, LoRA(rank=2, gradient=gradient), average).fit(model, data())
+        told = any("`state_dict()` of a module with adapters gave was written to" in str(w.message) for w in caught)
+        outputs[kind] = average.copy(X)
+        assert told == (gradient == "factored" and kind is AveragesStateDicts)
+        assert torch.allclose(outputs[kind], before) == told
+    if gradient != "factored":
+        torch.testing.assert_close(*outputs.values())
+
+
+def test_a_complex_weight_is_refused_as_what_it_is():
+    model = nn.Sequential(nn.Linear(8, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    with pytest.raises(LoRAError, match=r"The weight of '0' \(Linear\) is torch.complex64"):
+        inject(model, target_modules=["0"])
+    inject(model)
+    assert list(adapters(model)) == ["1"]

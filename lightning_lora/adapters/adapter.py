@@ -130,6 +130,8 @@ class Adapter(nn.Module):
         and nothing is known of them."""
         self.remembered: collections.deque[Snapshot] = collections.deque(maxlen=4)
         """The last states that were given to others merged, for when they are loaded back."""
+        self._given: tuple[Tensor, int] | None = None
+        """A tensor without entries that counts the writes to the merged weight given last, and how many there were."""
 
     @classmethod
     def check_shape(cls, name: str, m: int, n: int, rank: int, init: str) -> None:
@@ -391,6 +393,10 @@ class Adapter(nn.Module):
             part = weight[start : start + each]
             yield part, slice(first + start, first + start + len(part))
 
+    def versions(self) -> tuple[int, ...]:
+        """Return how often each trained tensor has been written to."""
+        return tuple(p._version for p in self.trained.values())
+
     def set_followed(self) -> None:
         """Take the weight, where it holds the increment, to hold that of the trained tensors as they are now."""
         self._followed = {id(p): p._version for p in self.trained.values()} if self.holds else {}
@@ -512,6 +518,18 @@ class Adapter(nn.Module):
         last = self.remembered[-1] if self.remembered else None
         if last is None or last.weight != weight or any(not torch.equal(now[n], t) for n, t in last.tensors.items()):
             self.remembered.append(Snapshot(now, self.steps, self.drawn_at, weight))
+
+    def watch_given(self, merged: Tensor) -> None:
+        """Have :meth:`given_was_written` tell of ``merged``, which is not kept for it."""
+        if not merged.is_inference():
+            counts = merged.detach()  # shares the version counter, also without the data
+            counts.data = merged.new_empty(0)
+            self._given = counts, counts._version
+
+    def given_was_written(self) -> bool:
+        """Return whether the merged weight that a state dict gave last was written to, and forget it."""
+        given, self._given = self._given, None
+        return given is not None and given[0]._version > given[1]
 
     def recall(self, snapshot: Snapshot) -> None:
         """Become what ``snapshot`` says again."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.adapters.adapter import Snapshot
-from lightning_lora.errors import LoRAError
+from lightning_lora.errors import LoRAError, warn
 from lightning_lora.gradients import projected
 from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts import lazy
@@ -224,9 +224,21 @@ def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: boo
         if not adapter.presents_merged or keep_vars or storage_of(self) is not None:
             continue
         if not adapter.holds and key in destination:
+            if adapter.given_was_written():
+                warn(_WRITTEN)
             destination[key] = _merged(adapter, weight)
+            if adapter.saving is None:
+                adapter.watch_given(destination[key])
         if adapter.saving is None:
             adapter.remember(sample(weight) if adapter.holds else "")
+
+
+_WRITTEN = (
+    "What `state_dict()` of a module with adapters gave was written to, and the module has not changed by it: where W0"
+    " is frozen, it is a copy with the increment added. An average of weights (EMA) that writes to the state dict of a"
+    " copy of the module stands still so. Use `gradient='merged'`, make the copy before `fit`, or load what was written"
+    " with `load_state_dict`."
+)
 
 
 def _merged(adapter: Adapter, weight: Tensor) -> Tensor:
@@ -241,6 +253,7 @@ def _merged(adapter: Adapter, weight: Tensor) -> Tensor:
 def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Take a plain state dict as what it is: final weights, with no increment."""
     for parameter, adapter in self.adapted().items():
+        adapter.given_was_written()  # and is loaded now
         key, before = f"{prefix}{parameter}", f"{prefix}{self.factors(parameter)}"
         given, own = state_dict.get(key), self._parameters[parameter]
         stored = storage_of(self)

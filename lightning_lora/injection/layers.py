@@ -191,6 +191,8 @@ def obstacle_of(target: Target, gradient: str) -> tuple[str, str] | None:
         )
     if weight.layout != torch.strided:
         return "sparse", f"{name} is sparse ({weight.layout}), and its increment is dense."
+    if weight.is_complex():
+        return "complex", f"The weight of {name} is {weight.dtype}, and adapters are of real numbers."
     if storage_of(module) is None and (weight.dim() < 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2):
         return "quantised", (
             f"The weight of {name} is stored as {weight.dtype} in the shape {tuple(weight.shape)}. Of quantised"

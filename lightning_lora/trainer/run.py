@@ -94,8 +94,8 @@ class Run:
         """This rank's shards of W0, kept while a strategy loads a file over them."""
         self.idle: frozenset[str] = frozenset()
         """Names of adapters that no optimizer trains."""
-        self.unreached: set[str] = set()
-        """Names of adapters that no gradient has reached in the first batch."""
+        self.unreached: dict[str, tuple[int, ...]] = {}
+        """Adapters that no gradient has reached in the first batch, with their versions before it."""
         self.substitutions: list[Substitution] = []
         self._old_optimizer_states: list[Any] = []
         """Optimizer states of a file of format 1, which are to be put in today's order."""
