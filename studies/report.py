@@ -20,8 +20,8 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 MARKERS = "osD^vPX"
 CURVES = {
-    "AdamW": ("full", "full, low rate", "LoRA r=1", "LoRA r=8", "anew both k=1", "anew A k=1"),
-    "SGD": ("SGD full", "SGD LoRA r=8", "SGD anew both k=1", "SGD anew both k=1 r=1", "SGD anew A k=1"),
+    "AdamW": ("full", "full, a third", "full, low rate", "LoRA r=8", "anew both k=1", "anew both k=1, a third"),
+    "SGD": ("SGD full", "SGD full, a third", "SGD LoRA r=8", "SGD anew both k=1", "SGD anew both k=1, a third"),
 }
 
 
@@ -68,27 +68,38 @@ def _itself(row: dict[str, Any]) -> dict[str, Any]:
 
 def _forgetting(summary: dict[str, Any]) -> dict[str, str]:
     methods = summary["methods"]
+    levels = ("0.5", "0.8", "0.9")
     kept = table(
-        (
-            "method",
-            "rate",
-            "trained",
-            "new, end",
-            "old of five, end",
-            *(f"kept at {x}" for x in ("0.5", "0.8", "0.9")),
-            "moved at 0.8",
-        ),
+        ("method", "rate", *(f"kept at {level}" for level in levels), "of ten, at 0.8", "steps to 0.8", "moved at 0.8"),
         [
             (
                 name,
                 f"{m['lr']:g}",
-                f"{m['trained']:,d}",
-                interval(m["last"]["new"]),
-                interval(m["last"]["old_of_five"]),
-                *(interval(m["kept"].get(level)) for level in ("0.5", "0.8", "0.9")),
-                interval(m["distance"].get("0.8"), 2),
+                *(interval(m["kept"].get(level)) for level in levels),
+                interval(m["kept_of_ten"].get("0.8")),
+                interval(m["steps"].get("0.8"), 0),
+                interval(m["distance"].get("0.8"), 1),
             )
             for name, m in methods.items()
+        ],
+    )
+    ends = table(
+        ("method", "trained", "new, end", "old, end", "old of ten, end", "forgetting, end"),
+        [
+            (
+                name,
+                f"{m['trained']:,d}",
+                *(interval(m["last"][value]) for value in ("new", "old_of_five", "old")),
+                interval(m["forgetting"]),
+            )
+            for name, m in methods.items()
+        ],
+    )
+    distance = table(
+        ("the log of the old loss at all checkpoints", "R^2"),
+        [
+            (f"explained by {name}", number(summary["distance"][f"explained_by_{key}"], 2))
+            for name, key in (("the log of the distance", "distance"), ("the method", "method"), ("both", "both"))
         ],
     )
     grids = table(
@@ -102,7 +113,8 @@ def _forgetting(summary: dict[str, Any]) -> dict[str, str]:
             for name, s in summary["searches"].items()
         ],
     )
-    return {"kept": kept, "tests": paired(summary["tests"], "what is kept at 0.8", _itself), "grids": grids}
+    compared = paired(summary["tests"], "what is kept at 0.8", _itself)
+    return {"kept": kept, "tests": compared, "ends": ends, "distance": distance, "grids": grids}
 
 
 def _projections(summary: dict[str, Any]) -> dict[str, str]:
