@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import grad_norm
 from models import Digest, Net, ResumableLoader, batches, data, digest, structure, trainer
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -556,3 +557,21 @@ def test_a_complex_weight_is_refused_as_what_it_is():
         inject(model, target_modules=["0"])
     inject(model)
     assert list(adapters(model)) == ["1"]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_module_that_logs_the_norms_of_its_gradients_finds_those_of_a_and_b(gradient, tmp_path):
+    class LogsNorms(Net):
+        def on_before_optimizer_step(self, optimizer):
+            self.norms = grad_norm(self, 2)
+            self.seen = [name for name, _ in self.named_parameters() if "lora" in name]
+
+        def on_train_batch_end(self, *_):
+            self.later = [name for name, _ in self.named_parameters() if "lora" in name]
+
+    model = LogsNorms()
+    trainer(tmp_path, LoRA(rank=2, gradient=gradient), limit_train_batches=2).fit(model, data())
+    assert len(model.seen) == 6
+    assert all(any(name in key for key in model.norms) for name in model.seen)
+    assert model.norms["grad_2.0_norm_total"] > 0
+    assert bool(model.later) is (gradient == "factored")

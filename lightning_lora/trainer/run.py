@@ -173,7 +173,10 @@ class Run:
             }
             if self.hides:
                 hooks["zero_grad"] = self.on_zero_grad
-                hooks["configure_gradient_clipping"] = self.on_clip
+                hooks["configure_gradient_clipping"] = self.on_gradients
+                own = type(self.module).on_before_optimizer_step.__module__
+                if not own.startswith(("lightning.", "pytorch_lightning.")):  # where norms of gradients are logged
+                    hooks["on_before_optimizer_step"] = self.on_gradients
         for name, method in hooks.items():
             self.hooks.wrap(name, method)
 
@@ -414,8 +417,8 @@ class Run:
         for adapter in adapters(self.module).values():
             adapter.zero_grad(*args, **kwargs)
 
-    def on_clip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Show A and B to the module's own clipping, which may go through ``self.parameters()``."""
+    def on_gradients(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Show A and B to the module's own code that clips or logs gradients, which may go through ``parameters()``."""
         show_adapters(self.module)
         try:
             original(*args, **kwargs)
