@@ -40,8 +40,8 @@ with `LoRA()` as it stands. Made by `python benchmarks/zoo.py` with Python {sys.
   this library the checkpoint loads with `weights_only=True` and strict into the plain model, whose output is then the
   adapted module's; before the first step both had the same loss. (1) The library pickles objects of its own into every
   checkpoint, so `weights_only=True` refuses those of plain runs too.
-- **resume**: continuing from the first epoch's checkpoint ends at the same step with the same bits as the whole run; "as
-  without LoRA, to other bits" where a run of the library alone does not do that either.
+- **resume**: continuing from the first epoch's checkpoint ends at the same step with the same bits as the whole run;
+  "as without LoRA, to other bits" where a run of the library alone does not do that either.
 - **merged**, **projected**: the same with these gradients; output as above, and the losses are those of the first run.
 
 """
