@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch.distributed as dist
 
@@ -15,3 +16,10 @@ def warn(message: str, stacklevel: int = 3) -> None:
     """Warn with ``message``, on the process of rank 0 alone."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         warnings.warn(message, stacklevel=stacklevel)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return ``names`` for a message: some of them, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:most])) or "nothing"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint.format import KEY, NOTICE, State, check_format, check_weights, damage, weight_key
-from lightning_lora.checkpoint.read import cast_to_match, listed, tensors_of
-from lightning_lora.errors import LoRAError, warn
+from lightning_lora.checkpoint.read import cast_to_match, tensors_of
+from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts import Host, release
 from lightning_lora.injection.inject import (
     LOADED,

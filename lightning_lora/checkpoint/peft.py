@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint.format import KEY, State, _is_number, check_format, damage, weight_key
-from lightning_lora.errors import LoRAError, warn
+from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts import layer_of, stacks, storage_of
 from lightning_lora.injection.inject import Injection, adapters, inject_options, injections, places, trained_besides
 from lightning_lora.injection.layers import output_heads
@@ -264,9 +264,9 @@ class _Export:
         self.trained = [self._inside(key) for key in source.trained if key not in outside]
         self.keys = [self._inside(key) for key in source.keys if key.startswith(self.root)]
         if not self.increments:
-            raise LoRAError(f"There are no adapters in {root!r}, only in {_some(source.increments)}.")
+            raise LoRAError(f"There are no adapters in {root!r}, only in {listed(source.increments)}.")
         if outside:
-            warn(f"{_some(outside)} are outside of {root!r} and not in the files.", stacklevel=4)
+            warn(f"{listed(outside)} are outside of {root!r} and not in the files.", stacklevel=4)
         self.tensors: dict[str, Tensor] = {}
         self.ranks: dict[str, tuple[int, float]] = {}
         """What PEFT calls a target -> rank and scale."""
@@ -278,7 +278,7 @@ class _Export:
         self.is_dora = kinds == {"dora"}
         if "dora" in kinds and not self.is_dora:
             raise LoRAError(
-                f"PEFT has DoRA in all of its adapters or in none, and here are {_some(kinds)}. Save each part of the"
+                f"PEFT has DoRA in all of its adapters or in none, and here are {listed(kinds)}. Save each part of the"
                 " module by itself, by `root`."
             )
 
@@ -718,7 +718,7 @@ class _Import:
             missing = [name for name in names if f"{root}.{name}".lstrip(".") not in self.modules]
             where = f"stand in several places in {of}" if found else f"are not in {of}"
             raise LoRAError(
-                f"{self.files.folder} has adapters for {_some(missing or names)}, which {where}. Give the module that"
+                f"{self.files.folder} has adapters for {listed(missing or names)}, which {where}. Give the module that"
                 " they were trained for, and by `root` the name of the submodule in it."
             )
         return found[0]
@@ -785,7 +785,7 @@ class _Import:
         kinds = ("lora_embedding_A", "lora_embedding_B") if layer == "Embedding" else ("lora_A", "lora_B")
         wanted = {*kinds, *(("lora_magnitude_vector",) if self.files.config.get("use_dora") else ())}
         if tensors.keys() != wanted:
-            raise self._unfit(target, f"it has {_some(tensors)}, and a {layer} {_some(sorted(wanted))}")
+            raise self._unfit(target, f"it has {listed(tensors)}, and a {layer} {listed(sorted(wanted))}")
         A, B = (tensors[kind].to(torch.promote_types(tensors[kind].dtype, torch.float32)) for kind in kinds)
         factors = self._decoded(layer, A, B, shape)
         if factors is None:
@@ -955,12 +955,6 @@ def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
 def _as_int(value: float) -> float:
     """``value``; the whole number that it is but for rounding."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    shown = ", ".join(map(repr, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _is_statistic(key: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lightning_lora.checkpoint.format import (
     weight_key,
 )
 from lightning_lora.checkpoint.write import fold
-from lightning_lora.errors import LoRAError, warn
+from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.injection.inject import Place, injections, places, trained_besides
 from lightning_lora.naming import state_key
 from lightning_lora.weights import sharded
@@ -296,10 +296,3 @@ def cast_to_match(weight: Any, expected: str) -> Tensor | None:
     """Return ``weight``, cast as a precision may, if ``expected`` is its fingerprint then; else None."""
     cast = cast_as(weight, expected)
     return cast if cast is not None and fingerprint(cast) == expected else None
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return ``names`` for a message: some of them, and how many more."""
-    names = list(names)
-    shown = ", ".join(map(repr, names[:most])) or "nothing"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

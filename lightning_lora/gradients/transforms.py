@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lightning_lora import _compat
+
 
 def is_transformed() -> bool:
     """Whether a call is inside ``torch.func.grad``, ``vmap``, ``jvp`` or their like, or inside ``torch.jit.trace``.
@@ -13,7 +15,7 @@ def is_transformed() -> bool:
     increment is a formula of plain operations, right to every order of derivatives. A trace has use for these too: what
     it keeps of a ``Function`` cannot be saved.
     """
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return _compat.is_functorch_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_watched() -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import LoRAError, warn
+from lightning_lora.errors import LoRAError, listed, warn
 
 Trained = Mapping[Tensor, Mapping[str, nn.Parameter]]
 """Adapted weight -> the trained tensors of its adapter, by their names in the module."""
@@ -72,9 +72,10 @@ class Substitution:
         self._new = set(remaining) - set(before)
         if not any(p.requires_grad for p in remaining):
             self.undo()
+            left = [frozen[p] for p in before if p in frozen]
             raise LoRAError(
                 f"{type(optimizer).__name__} has nothing left to train: none of its weights got an adapter, and they"
-                f" are frozen ({_listed(emptied)}). Name modules of its own in `target_modules`, or in"
+                f" are frozen ({listed(left)}). Name modules of its own in `target_modules`, or in"
                 " `modules_to_save` to train them in full."
             )
         self._move_states(before, trained)
@@ -87,7 +88,7 @@ class Substitution:
             )
         if emptied:
             warn(
-                f"A parameter group of {type(optimizer).__name__} is empty now: {_listed(emptied)} are frozen and got"
+                f"A parameter group of {type(optimizer).__name__} is empty now: {listed(emptied)} are frozen and got"
                 " no adapter. `target_modules` or `modules_to_save` would let them be trained."
             )
 
@@ -212,8 +213,3 @@ def refuse_hooked(weights: Mapping[Tensor, str]) -> None:
                 " with an adapter has none. Put the hook on the adapter's A and B, which"
                 " `lightning_lora.adapters(module)` gives in `on_fit_start`, or exclude the module."
             )
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(map(repr, names[:most])) or "none was adapted"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -18,7 +18,7 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint import peft, read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
 from lightning_lora.checkpoint.format import KEY, State
-from lightning_lora.errors import LoRAError, warn
+from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, show_adapters
 from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
 from lightning_lora.injection.inject import (
@@ -343,7 +343,7 @@ class Run:
         if self.trainer.world_size == 1:
             take_out_adapters(module, idle)
         rank_zero_info(
-            f"No optimizer has the weights of {support.listed(sorted(idle))}, as those of target networks: they stay as"
+            f"No optimizer has the weights of {listed(sorted(idle))}, as those of target networks: they stay as"
             " they are, without adapters."
         )
 
@@ -459,13 +459,13 @@ class Run:
             self._told_incomplete = True
             warn(
                 f"`state_dict()` of {type(self.module).__name__}, or a callback, leaves out the weights of"
-                f" {support.listed(missing)}, so the file is no whole model. It resumes this run, on the same"
+                f" {listed(missing)}, so the file is no whole model. It resumes this run, on the same"
                 f" pretrained weights{', up to rounding' if self.hides else ''}."
             )
 
     def _tell_rewritten(self) -> None:
         if self.fingerprints.rewritten:
-            names = support.listed(sorted(self.fingerprints.rewritten))
+            names = listed(sorted(self.fingerprints.rewritten))
             self.fingerprints.rewritten.clear()
             warn(
                 f"The frozen weights of {names} were written to while training, by other code than an optimizer. Files"
@@ -529,7 +529,7 @@ class Run:
         now = self._untrained() if watched else {}
         if written := [name for name, before in watched.items() if name in now and seen(now[name]) != before]:
             warn(
-                f"{support.listed(written)} are in no optimizer and were written in the first batch, by the module's"
+                f"{listed(written)} are in no optimizer and were written in the first batch, by the module's"
                 " own code. If they follow other parameters of the module, as momentum and target networks do: these"
                 " are W0 here, without what is learned. Use `gradient='merged'`, in which they are the whole weights."
             )

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from lightning_lora.errors import LoRAError
+from lightning_lora.errors import LoRAError, listed
 from lightning_lora.injection.inject import Injection, adapters, places
 from lightning_lora.injection.options import Options
 from lightning_lora.trainer.namespaces import is_a
@@ -161,13 +161,6 @@ def check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule, idle: Iter
             raise LoRAError(frozen_adapter(name))
         if name not in idle and not all(p in optimized for p in trained):
             raise LoRAError(no_optimizer([name], pl_module))
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return ``names`` for a message: some of them, and how many more."""
-    names = list(names)
-    shown = ", ".join(map(repr, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def no_optimizer(names: list[str], module: pl.LightningModule) -> str:
