@@ -23,9 +23,14 @@ def fake_tensors() -> Any:
     return fake
 
 
-def is_functorch_active() -> bool:
-    """Tell whether the call is inside ``torch.func.grad``, ``vmap`` or their like."""
-    return torch._C._are_functorch_transforms_active()
+def _no_functorch() -> bool:
+    """Return False: this torch tells of no transforms, and inside one a ``torch.autograd.Function`` is an error."""
+    return False
+
+
+#: Tells whether the call is inside ``torch.func.grad``, ``vmap`` or their like. Called for each layer and step, so it
+#: is torch's own function, without a frame of Python around it.
+is_functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _no_functorch)
 
 
 def top_pack_hook() -> Any:
