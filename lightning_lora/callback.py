@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora._compat import logged_step, logs_hyperparameters
 from lightning_lora.checkpoint.format import State, damage
 from lightning_lora.checkpoint.peft import check_beside_files
-from lightning_lora.errors import LoRAError, warn
+from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import adapters
 from lightning_lora.injection.options import (
     CHECKPOINTS,
@@ -31,8 +31,9 @@ from lightning_lora.injection.options import (
 from lightning_lora.memory.report import MemoryReport
 from lightning_lora.trainer import support
 from lightning_lora.trainer.adapter_log import AdapterLog
+from lightning_lora.trainer.finished import Finished
 from lightning_lora.trainer.namespaces import for_both_namespaces, is_a
-from lightning_lora.trainer.run import RUNS, Finished, Run
+from lightning_lora.trainer.run import RUNS, Run
 from lightning_lora.trainer.tables import print_summary
 from lightning_lora.weights import sharded
 
@@ -254,10 +255,11 @@ class LoRA(Callback):
             run.adapter_log = AdapterLog(every, trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Whatever was to be read from a file has been read; weights have followed their adapters."""
+        """Check that weights have followed their adapters; whatever was to be read from a file has been read."""
         if self._run is not None:
             self._run.waits_for_file = False
-            self._run.check_followed()
+            if self._run.watch is not None:
+                self._run.watch.check_followed()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -266,13 +268,7 @@ class LoRA(Callback):
         run = self._running()
         run.check_hooks("on_train_start")
         run.wrap_hooks()
-        run.unfreeze()
-        run.check_followed()
-        if run.batches == 0:
-            found = adapters(pl_module).items()
-            run.unreached = {name: adapter.versions() for name, adapter in found if name not in run.idle}
-        if run.batches == 1:
-            run.check_untouched()
+        run.watching.begin_batch(pl_module)
         if run.meter is not None:
             run.meter.begin_batch(batch)
 
@@ -283,14 +279,7 @@ class LoRA(Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Strike out, until the first batch is over, the adapters that a gradient reached."""
-        run = self._running()
-        if run.unreached:
-            known = adapters(pl_module)
-            run.unreached = {
-                name: versions
-                for name, versions in run.unreached.items()
-                if all(p.grad is None for p in known[name].trained.values())
-            }
+        self._running().watching.gradients_arrived()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Look again, for a module that calls ``loss.backward()`` itself."""
@@ -299,17 +288,11 @@ class LoRA(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Name the adapters that no gradient reached in the first batch; report memory; log what rounding has lost."""
         run = self._running()
-        run.batches += 1
-        if (lost := run.lost_to_rounding()) is not None:  # of the rows of each process
+        run.watching.end_batch()
+        if (lost := run.watching.lost_to_rounding()) is not None:  # of the rows of each process
             pl_module.log("lora/lost_to_nearest_rounding", lost, sync_dist=run.is_sharded)
         if run.adapter_log is not None:
             run.adapter_log.log(trainer, pl_module)
-        if run.unreached:
-            self.on_after_backward(trainer, pl_module)
-            known = adapters(pl_module)  # an optimizer that the module called by itself may have stepped, and cleared
-            if left := [n for n, v in run.unreached.items() if known[n].resample or known[n].versions() == v]:
-                warn(support.unreached(sorted(left)))
-            run.unreached = {}
         if run.meter is not None:
             run.meter.end_batch()
         if run.meter is not None and (report := run.meter.report) is not None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_lora import _compat
-from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint import peft, read, write
-from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
+from lightning_lora.checkpoint.fingerprints import Fingerprints
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, show_adapters
@@ -41,6 +39,7 @@ from lightning_lora.trainer.first_batches import first_losses
 from lightning_lora.trainer.instance_hooks import InstanceHooks
 from lightning_lora.trainer.namespaces import is_a
 from lightning_lora.trainer.optimizers import Substitution, find_optimizers, old_order, refuse_hooked
+from lightning_lora.trainer.watch import Watch
 from lightning_lora.weights import sharded
 from lightning_lora.weights.quantized import storage_of, storages, torch_linear
 
@@ -94,8 +93,6 @@ class Run:
         """This rank's shards of W0, kept while a strategy loads a file over them."""
         self.idle: frozenset[str] = frozenset()
         """Names of adapters that no optimizer trains."""
-        self.unreached: dict[str, tuple[int, ...]] = {}
-        """Adapters that no gradient has reached in the first batch, with their versions before it."""
         self.substitutions: list[Substitution] = []
         self._old_optimizer_states: list[Any] = []
         """Optimizer states of a file of format 1, which are to be put in today's order."""
@@ -103,18 +100,8 @@ class Run:
         self.meter: MemoryMeter | None = None
         self.adapter_log: AdapterLog | None = None
         self.averages = Averages(trainer)
-        self._adapted: dict[Tensor, str] = {}
-        """Adapted weights, with the names of their adapters."""
-        self._rounded: list[Adapter] = []
-        """Adapters whose weights are rounded at each draw."""
-        self._holding: list[Adapter] = []
-        """Adapters whose weights hold their increments, and have to follow them."""
-        self._unfreezable: dict[Tensor, str] = {}
-        """Frozen weights that may be unfrozen by the module's own code while it trains, with their names."""
-        self._watched: dict[str, tuple[Any, ...]] = {}
-        """What is seen of frozen weights before the first batch."""
-        self.batches = 0
-        """How many training batches have ended."""
+        self.watch: Watch | None = None
+        """What is looked for while the module trains."""
         self._told_incomplete = False
         RUNS[module] = self
         self.hooks.wrap("setup", self.on_setup)
@@ -136,6 +123,12 @@ class Run:
         module = self._module()
         assert module is not None
         return module
+
+    @property
+    def watching(self) -> Watch:
+        """Return what is looked for while the module trains; there is something from ``on_train_start`` on."""
+        assert self.watch is not None, "a hook of training was called before `on_train_start`"
+        return self.watch
 
     @property
     def is_own_run(self) -> bool:
@@ -391,25 +384,9 @@ class Run:
         if self.callback.log_memory and self.is_own_run:
             full = {p: owner for substitution in self.substitutions for p, owner in substitution.owners.items()}
             self.meter = MemoryMeter(module, trainer.optimizers, trainer.world_size, full)
-        self._adapted = {place.weight: place.name for place in places(module)}
-        self._rounded = [adapter for adapter in adapters(module).values() if adapter.resample is not None]
-        self._holding = [adapter for adapter in adapters(module).values() if adapter.holds]
-        self._unfreezable = {p: n for p, n in frozen_weights(module).items() if p not in self._adapted}
-        if not self.hides and not self.is_sharded:
-            self._watched = {name: seen(p) for name, p in self._untrained().items()}
+        reads_frozen = not self.hides and not self.is_sharded
+        self.watch = Watch(module, trainer.optimizers, self.substitutions, self.idle, reads_frozen)
         original()
-
-    def _untrained(self) -> dict[str, Tensor]:
-        """Return the parameters that no optimizer of the run may write."""
-        trained = {
-            p for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        trained |= {p for adapter in adapters(self.module).values() for p in adapter.parameters()}
-        for child in self.module.modules():
-            if storage_of(child) is not None:  # bitsandbytes casts the biases of its layers in their forward
-                trained |= set(child.parameters(recurse=False))
-        others = {name: p for name, p in self.module.named_parameters() if p not in trained and not is_lazy(p)}
-        return {name: p for name, p in others.items() if type(p.data) is Tensor and p.is_floating_point()}
 
     def on_zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Reach the gradients of A and B, which are not among the module's parameters now."""
@@ -499,50 +476,10 @@ class Run:
             self.before = {}
             vars(self.module)["_strict_loading"] = self._strict
 
-    def unfreeze(self) -> None:
-        """Follow what the module's own code has unfrozen since the last batch.
-
-        Raises:
-            LoRAError: If an adapted weight requires a gradient now.
-        """
-        for weight, name in self._adapted.items():
-            if weight.requires_grad:
-                raise LoRAError(support.unfrozen(name))
-        if thawed := [p for p in self._unfreezable if p.requires_grad]:
-            for p in thawed:
-                del self._unfreezable[p]
-            for substitution in self.substitutions:
-                substitution.put_back(thawed)
-
-    def check_followed(self) -> None:
-        """Raise if A or B was written by other code than an optimizer's step, and the weight did not follow.
-
-        Raises:
-            LoRAError: If so; with what to do.
-        """
-        for adapter in self._holding:
-            adapter.check_followed()
-
-    def check_untouched(self) -> None:
-        """Warn if other code than an optimizer has written frozen parameters in the first batch."""
-        watched, self._watched = self._watched, {}
-        now = self._untrained() if watched else {}
-        if written := [name for name, before in watched.items() if name in now and seen(now[name]) != before]:
-            warn(
-                f"{listed(written)} are in no optimizer and were written in the first batch, by the module's"
-                " own code. If they follow other parameters of the module, as momentum and target networks do: these"
-                " are W0 here, without what is learned. Use `gradient='merged'`, in which they are the whole weights."
-            )
-
     @property
     def is_early(self) -> bool:
         """Whether training has begun and not got beyond its first batches."""
-        return "on_train_start" in self.hooks.ran and self.batches < 2
-
-    def lost_to_rounding(self) -> Tensor | None:
-        """Return the share of moved entries that rounding to the nearest would have lost, where factors are drawn."""
-        lost = [adapter.lost for adapter in self._rounded if adapter.lost is not None]
-        return torch.stack(lost).mean() if lost else None
+        return self.watch is not None and self.watch.batches < 2
 
     def stop_meter(self) -> None:
         """Take the memory meter off the module and the optimizers."""
@@ -565,18 +502,12 @@ class Run:
         """Leave a plain module behind, with merged weights, and nothing of the run on it, whatever happened.
 
         Returns:
-            What :meth:`check_followed` raises: weights are then without what other code has written to A and B.
+            The error of weights that are left without what other code has written to A and B.
         """
         module = self._module()
         if module is None or RUNS.get(module) is not self:
             return None
-        error = None
-        try:
-            self.check_followed()
-        except LoRAError as lost:
-            error = lost
-            for adapter in self._holding:
-                adapter.set_followed()
+        error = None if self.watch is None else self.watch.give_up_followed()
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -605,41 +536,3 @@ class Run:
             self.callback.keep_finished(module, payload, states)
         self.undo_substitutions()
         return error
-
-
-class Finished:
-    """What it takes to resume a run whose module is plain and merged again."""
-
-    def __init__(self, module: nn.Module, payload: State, optimizer_states: list[Any] | None = None) -> None:
-        self._module = weakref.ref(module)
-        self.payload = payload
-        self._optimizer_states = optimizer_states
-        """The states of A and B: the optimizers have their weights back."""
-        self._seen = {name: seen(weight) for name, weight in self._weights(module)}
-
-    def _weights(self, module: nn.Module) -> list[tuple[str, Tensor]]:
-        parameters: Mapping[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        return [
-            (name, weight)
-            for name in self.payload["adapters"]
-            if (weight := parameters.get(f"{name}.weight", parameters.get(name))) is not None
-        ]
-
-    def belongs_to(self, module: nn.Module) -> bool:
-        """Return whether this is what ``module`` has been trained to."""
-        return self._module() is module
-
-    def add_to(self, checkpoint: dict[str, Any], module: nn.Module) -> None:
-        """Add the adapters to ``checkpoint``, which holds the merged weights of ``module``.
-
-        A weight that was edited since is what a run that resumes starts from: its adapter is zero in the file.
-        """
-        payload = self.payload
-        weights = dict(self._weights(module))
-        edited = [name for name, before in self._seen.items() if seen(weights[name]) != before]
-        if edited:
-            payload = write.with_new_bases(payload, {name: weights[name] for name in edited})
-        write.make_plain(checkpoint["state_dict"], payload, storages(module))
-        if self._optimizer_states is not None and "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = self._optimizer_states
-        checkpoint[KEY] = payload
