@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def without_autocast(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """The forward's dtypes hold in its backward, also where that is called under autocast."""
+    """Have the forward's dtypes hold in its backward, also where that is called under autocast."""
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -152,7 +152,7 @@ class _Add(torch.autograd.Function):
 
 
 def _z(s: float, x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    """Z = s A X^T, (r, b), of the masked X where there is dropout."""
+    """Compute Z = s A X^T, (r, b), of the masked X where there is dropout."""
     return (A @ _rows(x if mask is None else x * mask).T).mul_(s)
 
 
@@ -167,7 +167,7 @@ def _factors(
     need_A: bool,
     need_B: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA = dZ X and dB = Z dY."""
+    """Compute dA = dZ X and dB = Z dY."""
     if torch.is_grad_enabled():  # a gradient of these gradients must see that Z depends on X and A
         z = _z(s, x, A, mask)
     dA = dz @ _rows(x if mask is None else x * mask) if need_A else None

@@ -41,7 +41,7 @@ def tap(y: Tensor, x: Tensor, adapter: Adapter, path: Path) -> Tensor:
 
 
 def _with_zero(y: Tensor, increment: Callable[[Tensor, Tensor], Tensor], adapter: Adapter) -> Tensor:
-    """``y`` plus a zero: the increment less that of constants of the same values, whose derivatives are those of Y.
+    """Add to ``y`` a zero whose derivatives are those of Y: the increment less that of constants of the same values.
 
     So they are of every order, in A, B and X, while W, which holds the increment, is a constant.
     """
@@ -111,7 +111,7 @@ def _of_zero(
 
 
 def _with_backward(function: Callable[[Tensor], Tensor], A: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """``function(A)``, and what takes a gradient of it to that of ``A``.
+    """Return ``function(A)``, and a function that takes a gradient of it to that of ``A``.
 
     The compiler cannot trace the second way; the first was measured to cost half as much again outside of it.
     """

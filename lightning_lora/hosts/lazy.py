@@ -30,7 +30,7 @@ from lightning_lora.gradients.transforms import is_transformed
 
 @presents(lambda weight, *_: weight)
 def read(weight: Tensor, adapter: Adapter, training: bool) -> Tensor:
-    """W = gain (W0 + increment), in the shape and dtype of ``weight``, which is W0 and has no gradient.
+    """Return W = gain (W0 + increment), in the shape and dtype of ``weight``, which is W0 and has no gradient.
 
     ``training`` is whether dropout applies, where W meets the inputs in a product.
     """
@@ -44,7 +44,7 @@ def read(weight: Tensor, adapter: Adapter, training: bool) -> Tensor:
 
 
 def _formed(base: Tensor, left: Tensor, right: Tensor, gain: Tensor | None, gain_last: bool, scale: float) -> Tensor:
-    """W as a formula, rounded once to the dtype of ``base``, which it is bit for bit where the increment is zero."""
+    """Form W, rounded once to the dtype of ``base``, which it is bit for bit where the increment is zero."""
     dtype = torch.promote_types(torch.promote_types(base.dtype, left.dtype), torch.float32)
     with torch.autocast(base.device.type, enabled=False):
         # less a positive zero, since -0.0 plus one is no longer -0.0
@@ -56,7 +56,7 @@ def _formed(base: Tensor, left: Tensor, right: Tensor, gain: Tensor | None, gain
 
 
 def _spread(gain: Tensor, dims: int, last: bool) -> Tensor:
-    """``gain``, of rows or of columns, as it can be multiplied with a weight of ``dims`` dimensions."""
+    """Shape ``gain``, of rows or of columns, to be multiplied with a weight of ``dims`` dimensions."""
     return gain.unsqueeze(-2) if last else gain.view(*gain.shape, *(1 for _ in range(dims - gain.dim())))
 
 
@@ -77,7 +77,7 @@ class LazyWeight(Tensor):
 
     @torch.no_grad()
     def form(self) -> Tensor:
-        """W, which no gradient goes through."""
+        """Form W, which no gradient goes through."""
         return _formed(self.base, self.left, self.right, self.gain, self.gain_last, self.scale)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -106,7 +106,7 @@ class LazyWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Where C++ comes upon a handle."""
+        """Form W where C++ comes upon a handle."""
         if func is torch.ops.aten.detach.default:
             return _bare(*args[0].state())
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.form, (args, dict(kwargs or {})))
@@ -125,7 +125,7 @@ def _bare(*state: Any) -> LazyWeight:
 
 
 def _lazy(*state: Any) -> LazyWeight:
-    """A handle through which gradients go to its factors and its gain."""
+    """Return a handle through which gradients go to its factors and its gain."""
     _, left, right, gain, *_ = state
     watched = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (left, right, gain))
     if not watched:
@@ -188,7 +188,7 @@ class _Again:
 
 @contextlib.contextmanager
 def _forming() -> Iterator[Callable[[LazyWeight], Tensor]]:
-    """Gives what forms a handle's W, once for each; what autograd saves of these W inside is saved as the handle."""
+    """Yield a function that forms a handle's W, once; what autograd saves of this W inside is saved as the handle."""
     formed: dict[int, Tensor] = {}
     handles: dict[int, _Again] = {}
 
@@ -371,7 +371,7 @@ def _iterate(weight: Any) -> Any:
 
 
 def _detached(weight: Any) -> LazyWeight:
-    """Still a handle, so that what would write to it is refused."""
+    """Return a handle still, so that what would write to it is refused."""
     return _bare(*weight.state())
 
 

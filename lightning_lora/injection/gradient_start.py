@@ -32,7 +32,7 @@ PASSES = 2 + 2 * POWER_ITERATIONS
 def start_from_gradients(
     module: nn.Module, losses: Callable[[], Iterable[Tensor]], reduce: Callable[[Tensor], Tensor]
 ) -> None:
-    """Sets A and B of every adapter in ``module`` that a gradient reaches; the others keep their start.
+    """Set A and B of every adapter in ``module`` that a gradient reaches; the others keep their start.
 
     Args:
         module: One that :func:`~lightning_lora.inject` has been through, with ``init="gradient"``.
@@ -51,7 +51,7 @@ def start_from_gradients(
 
 
 def _one_pass(sketches: list[_Sketch], losses: Callable[[], Iterable[Tensor]]) -> None:
-    """Adds the gradients of all batches, multiplied, to the sketches."""
+    """Add the gradients of all batches, multiplied, to the sketches."""
     handles = []
     try:
         for sketch in sketches:
@@ -83,14 +83,14 @@ class _Sketch:
         self.product = self.Q.new_zeros(*stack, m, columns)
 
     def add(self, weight: Tensor) -> None:
-        """Takes the gradient of one batch off ``weight``."""
+        """Take the gradient of one batch off ``weight``."""
         assert weight.grad is not None
         G = self.adapter.as_matrix(weight.grad).to(self.Q.dtype)
         self.product += (G.mT if self.transposed else G) @ self.Q
         weight.grad = None
 
     def turn(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Ends a pass."""
+        """End a pass."""
         self.last = reduce(self.product), self.Q
         self.Q = torch.linalg.qr(self.last[0]).Q
         self.transposed = not self.transposed
@@ -98,7 +98,7 @@ class _Sketch:
         self.product = self.Q.new_zeros(*self.Q.shape[:-2], sides[self.transposed], self.Q.shape[-1])
 
     def start(self) -> tuple[Tensor, Tensor] | None:
-        """A0 and B0, where the last product is G^T Q, so that G is Q (G^T Q)^T, nearly; None if no gradient came."""
+        """Return A0 and B0, where the last product is G^T Q and G nearly Q (G^T Q)^T; None if no gradient came."""
         product, Q = self.last
         if not product.any():
             return None

@@ -80,7 +80,7 @@ INJECTED_BY_CALLBACK: ContextVar[Options | None] = ContextVar("INJECTED_BY_CALLB
 
 
 def inject(module: nn.Module, **options: Any) -> list[str]:
-    """Freezes ``module`` and puts an adapter into every layer that ``options`` target.
+    """Freeze ``module`` and put an adapter into every layer that ``options`` target.
 
     For Fabric and plain torch; with a Trainer, :class:`~lightning_lora.LoRA` does it. The module computes what it did
     before, bit for bit, until the adapters are trained.
@@ -112,7 +112,7 @@ def inject(module: nn.Module, **options: Any) -> list[str]:
 
 
 def inject_options(module: nn.Module, options: Options) -> Injection:
-    """:func:`inject` for options that have been validated."""
+    """Do what :func:`inject` does, for options that have been validated."""
     module = unwrapped(module)
     if present := adapters(module):
         raise LoRAError(
@@ -193,7 +193,7 @@ def kept(module: nn.Module) -> list[str]:
 
 
 def _may_nest(encoder: nn.TransformerEncoder) -> bool:
-    """Whether ``encoder`` may use nested tensors, of which only the fast path of its layers makes sense.
+    """Return whether ``encoder`` may use nested tensors, which only the fast path of its layers understands.
 
     It asks the weights of its first layer alone whether all layers will take that path.
     """
@@ -223,7 +223,7 @@ def _make(target: Target, options: Options, holds: bool, padding_idx: int | None
 
 
 def merge(module: nn.Module) -> None:
-    """Folds every increment into its weight and makes ``module`` plain again: classes, keys, ``requires_grad``.
+    """Fold every increment into its weight and make ``module`` plain again: classes, keys, ``requires_grad``.
 
     A quantised weight cannot hold its increment. Its layer becomes a :class:`torch.nn.Linear`, with the merged weight
     in the dtype of the rest of the model; it stays quantised where the increment is zero.
@@ -260,7 +260,7 @@ def merge(module: nn.Module) -> None:
 
 
 def _fold_whole(place: Place) -> None:
-    """Folds a sharded increment into its sharded weight as it would be folded into a file."""
+    """Fold a sharded increment into its sharded weight as it would be folded into a file."""
     weight, tensors = shards.Whole({"": place.weight}, in_place=True), shards.Whole(place.adapter.state_dict())
     weight[""] = place.adapter.with_tensors(tensors).folded_into(weight[""])
 
@@ -385,7 +385,7 @@ def distinct_places(module: nn.Module) -> list[Place]:
 
 
 def take_out(module: nn.Module) -> None:
-    """Makes ``module`` plain again with its weights as they stand: classes, keys, ``requires_grad``."""
+    """Make ``module`` plain again with its weights as they stand: classes, keys, ``requires_grad``."""
     for child in list(module.modules()):
         if isinstance(child, Host):
             release(child)
@@ -397,7 +397,7 @@ def take_out(module: nn.Module) -> None:
 
 
 def adapters(module: nn.Module) -> dict[str, Adapter]:
-    """The adapters in ``module``: name -> adapter with ``A``, ``B``, ``scale`` and ``delta_weight()``.
+    """Return the adapters in ``module``: name -> adapter with ``A``, ``B``, ``scale`` and ``delta_weight()``.
 
     The name is that of the module whose ``weight`` is adapted, or of any other parameter. What is compiled, or inside
     an activation checkpoint, has the name that it would have without.
@@ -409,7 +409,7 @@ def adapters(module: nn.Module) -> dict[str, Adapter]:
 
 
 def places(module: nn.Module, remove_duplicate: bool = False) -> Iterator[Place]:
-    """Every place of an adapter in ``module``; one in a module or a weight that stands in two places has two."""
+    """Yield every place of an adapter in ``module``; two where its module or weight stands in two places."""
     for path, host in module.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(host, Host):
             name, dot = plain_name(path), f"{state_key(path)}." if path else ""
@@ -427,11 +427,11 @@ def places(module: nn.Module, remove_duplicate: bool = False) -> Iterator[Place]
 
 
 def merging_errors(module: nn.Module) -> dict[str, tuple[float, float]]:
-    """What :func:`merge` rounds off quantised layers: name -> the largest error of an entry, and the mean.
+    """Return what :func:`merge` rounds off quantised layers: name -> the largest error of an entry, and the mean.
 
-    Between the weight that the layer runs with, dequantised W0 + increment in float32, and the merged weight in the
-    dtype of the rest of the model. Zero where that is float32; nothing is quantised again. Layers whose increment is
-    zero stay as they are, and are left out.
+    An error is the difference between the weight that the layer runs with, dequantised W0 + increment in float32, and
+    the merged weight in the dtype of the rest of the model; it is zero where that is float32. Nothing is quantised
+    again. Layers whose increment is zero stay as they are, and are left out.
     """
     stored = storages(module)
     errors: dict[str, tuple[float, float]] = {}
@@ -463,13 +463,13 @@ def take_out_adapters(module: nn.Module, names: Collection[str]) -> None:
 
 
 def injections(module: nn.Module) -> Iterator[Injection]:
-    """What :func:`inject` did to ``module`` and to modules inside it."""
+    """Yield what :func:`inject` did to ``module`` and to modules inside it."""
     for _, injection in injections_with_owners(module):
         yield injection
 
 
 def trained_besides(module: nn.Module) -> list[str]:
-    """Keys of the base's parameters that are trained in full, under every name that a shared one has.
+    """Return the keys of the base's parameters that are trained in full, under every name that a shared one has.
 
     ``requires_grad`` alone does not tell: ``toggle_optimizer`` clears it for the parameters of the other optimizers.
     """
@@ -485,7 +485,7 @@ def trained_besides(module: nn.Module) -> list[str]:
 
 
 def trained_without(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the base that would be trained if there were no adapters, by name."""
+    """Return the parameters of the base that would be trained if there were no adapters, by name."""
     frozen, thawed = set(), set()
     for owner in module.modules():
         if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):

@@ -68,25 +68,25 @@ class Target:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name by which a pattern may mean it: the parameter's, and the layer's."""
+        """Return every name by which a pattern may mean it: the parameter's, and the layer's."""
         return *(joined(alias, self.parameter) for alias in self.aliases), *self.layer_aliases
 
     @property
     def sides(self) -> tuple[int, int]:
-        """(m, n) of the matrix, as it is stored."""
+        """Return (m, n) of the matrix, as it is stored."""
         if (stored := storage_of(self.module)) is not None:
             return stored.shape
         return tuple((self.weight if stacks(self.layer, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
 
     @property
     def numel(self) -> int:
-        """Entries of the weight; 0 where they are not known."""
+        """Return how many entries the weight has; 0 where that is not known."""
         weight = self.module._parameters.get(self.parameter)
         return 0 if weight is None or isinstance(weight, UninitializedParameter) else numel(weight)
 
 
 def joined(owner: str, parameter: str) -> str:
-    """The name of an adapter: of a module for its ``weight``, else of the parameter."""
+    """Return the name of an adapter: the module's for its ``weight``, else the parameter's."""
     return owner if parameter == "weight" and owner else f"{owner}.{parameter}".lstrip(".")
 
 
@@ -107,7 +107,7 @@ def own_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _source(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The parameter that holds the directions of the weight ``name``, and its module."""
+    """Return the module and the name of the parameter that holds the directions of the weight ``name``."""
     for key in (name, f"{name}_v", f"{name}_orig"):
         if layer._parameters.get(key) is not None:
             return layer, key
@@ -123,7 +123,7 @@ def _parametrizations(layer: nn.Module, name: str) -> Iterable[nn.Module]:
 
 
 def _is_linear_by_shape(layer: nn.Module) -> bool:
-    """Whether ``layer`` has the attributes of a Linear, as torch_geometric's own: then its ``weight`` is a matrix."""
+    """Return whether ``layer`` has the attributes of a Linear, as torch_geometric's own: its ``weight`` is a matrix."""
     if not any(hasattr(layer, f"in_{x}") and hasattr(layer, f"out_{x}") for x in ("features", "channels")):
         return False
     owner, key = _source(layer, "weight")
@@ -134,7 +134,7 @@ def _is_linear_by_shape(layer: nn.Module) -> bool:
 
 
 def _expert_stacks(module: nn.Module) -> list[str]:
-    """The parameters (k, m, n) of a module that is one of experts by its class's name, or holds their number k."""
+    """Return the parameters (k, m, n) of a module of experts, known by its class's name or by their number k in it."""
     counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
     by_name = "expert" in type(module).__name__.lower()
     if not by_name and not counts:
@@ -150,7 +150,7 @@ def _expert_stacks(module: nn.Module) -> list[str]:
 
 
 def output_heads(root: nn.Module) -> set[nn.Module]:
-    """The output embeddings of every Hugging Face model in ``root``, and every layer that is tied to an embedding."""
+    """Return the output embeddings of every Hugging Face model in ``root``, and every layer tied to an embedding."""
     getters = (getattr(module, "get_output_embeddings", None) for module in root.modules())
     heads = [getter() for getter in getters if callable(getter)]
     embedded = {module._parameters.get("weight") for module in root.modules() if isinstance(module, nn.Embedding)}
@@ -159,7 +159,7 @@ def output_heads(root: nn.Module) -> set[nn.Module]:
 
 
 def outside_metrics(module: nn.Module) -> set[nn.Module]:
-    """``module`` and all inside it that can be reached without entering a torchmetrics metric, whose networks judge."""
+    """Return ``module`` and all inside it but what is in a torchmetrics metric, whose networks judge."""
     reached: set[nn.Module] = set()
     waiting = [module]
     while waiting:
@@ -170,7 +170,7 @@ def outside_metrics(module: nn.Module) -> set[nn.Module]:
 
 
 def obstacle_of(target: Target, gradient: str) -> tuple[str, str] | None:
-    """Why the weight of ``target`` cannot carry an adapter, in a word or two and in a sentence."""
+    """Say why the weight of ``target`` cannot carry an adapter, in a word or two and in a sentence; None if it can."""
     name, module = f"{target.name!r} ({target.kind})", target.module
     if hasattr(module, "lora") and not isinstance(module, Host):
         return "attribute `lora`", f"{name} has an attribute `lora`, the name an adapter is kept under."

@@ -37,7 +37,7 @@ name, a sequence holds names or their dotted suffixes (``"q_proj"`` matches ``"l
 
 
 def matches(name: str, rule: Rule) -> bool:
-    """Whether ``rule`` names the module called ``name``."""
+    """Return whether ``rule`` names the module called ``name``."""
     if rule is None:
         return False
     if isinstance(rule, str):
@@ -46,12 +46,12 @@ def matches(name: str, rule: Rule) -> bool:
 
 
 def matches_suffix(name: str, suffix: str) -> bool:
-    """Whether ``suffix`` is ``name`` or ends it at a dot."""
+    """Return whether ``suffix`` is ``name`` or ends it at a dot."""
     return name == suffix or name.endswith(f".{suffix}")
 
 
 def matches_pattern(name: str, key: str) -> bool:
-    """PEFT's rule for the keys of ``rank_pattern``: a regular expression for the name or for a dotted suffix of it."""
+    """Return whether ``key``, a regular expression for a name or a dotted suffix as in PEFT, means ``name``."""
     return re.fullmatch(_suffix(key), name) is not None
 
 
@@ -64,7 +64,7 @@ def _suffix(key: str) -> str:
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """A sentence that names what ``given`` may have been meant for; empty where nothing is near."""
+    """Return a sentence that names what ``given`` may have been meant for; empty where nothing is near."""
     names = dict.fromkeys(allowed)
     suffixes = dict.fromkeys(name.rpartition(".")[2] for name in names)
     words = [word for word in {**suffixes, **names} if word != given and not word.isdigit()]
@@ -98,7 +98,7 @@ class UnknownOption(LoRAError, TypeError):
 
 
 def known_options_only(init: Callable[P, None]) -> Callable[P, None]:
-    """Makes ``init`` answer an argument that it does not have with the name of the one that was meant."""
+    """Make ``init`` answer an argument that it does not have with the name of the one that was meant."""
     known = [name for name in init.__annotations__ if name != "return"]
 
     @functools.wraps(init)
@@ -234,19 +234,19 @@ class Options:
 
     @property
     def dtype(self) -> torch.dtype:
-        """``adapter_dtype`` as a :class:`torch.dtype`."""
+        """Return ``adapter_dtype`` as a :class:`torch.dtype`."""
         return getattr(torch, self.adapter_dtype)
 
     def rank_by_name(self, *names: str) -> int | None:
-        """The value of the first key of ``rank_pattern`` that matches one of the layer's ``names``, if any does."""
+        """Return the value of the first key of ``rank_pattern`` that matches one of the layer's ``names``, or None."""
         return next((r for key, r in (self.rank_pattern or {}).items() if _any_matches(names, key)), None)
 
     def rank_of(self, *names: str) -> int:
-        """The rank asked for the layer called ``names``: that of ``rank_pattern``, or ``rank``."""
+        """Return the rank that was asked for the layer called ``names``, by ``rank_pattern`` or by ``rank``."""
         return self.rank_by_name(*names) or self.rank
 
     def scale_of(self, *names: str, rank: int | None = None) -> float:
-        """The scale of the layer called ``names``: alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+        """Return the scale of the layer called ``names``: alpha / r, or alpha / sqrt(r) with ``use_rslora``.
 
         r is ``rank``, which the layer has, or by default the one that was asked for.
 
@@ -261,7 +261,7 @@ class Options:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_primitives(self) -> dict[str, Any]:
-        """The options as strings, numbers, lists and dictionaries, for a checkpoint."""
+        """Return the options as strings, numbers, lists and dictionaries, for a checkpoint."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, Mapping):

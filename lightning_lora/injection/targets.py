@@ -52,13 +52,13 @@ def resolve(root: nn.Module, options: Options) -> Targets:
 
 
 def _inside(name: str, rule: Rule) -> bool:
-    """Whether ``rule`` names the module called ``name`` or one that holds it."""
+    """Return whether ``rule`` names the module called ``name`` or one that holds it."""
     parts = name.split(".")
     return any(matches(".".join(parts[:end]), rule) for end in range(1, len(parts) + 1))
 
 
 def is_kind(rule: Rule) -> bool:
-    """Whether ``rule``, for ``target_modules``, means kinds of layers and no names."""
+    """Return whether ``rule``, for ``target_modules``, means kinds of layers and no names."""
     return isinstance(rule, str) and rule.lower() in KINDS
 
 
@@ -169,7 +169,7 @@ class _Resolution:
     # ------------------------------------------------------------------------------------------------------- choice
 
     def _chosen(self) -> list[Target]:
-        """What ``target_modules`` and ``target_parameters`` come to; the former's kinds leave the latter alone."""
+        """Return what ``target_modules`` and ``target_parameters`` name; the former's kinds leave the latter alone."""
         rule, named = self.options.target_modules, self._parameters()
         taken = {(target.module, target.parameter) for target in named}
         layers = self._by_kind(rule.lower()) if is_kind(rule) else self._by_name(rule)  # type: ignore[union-attr]
@@ -191,7 +191,7 @@ class _Resolution:
         return chosen
 
     def _no_kind(self, target: Target, kind: str) -> str | None:
-        """Why ``target`` is not of the ``kind`` that was asked for."""
+        """Say why ``target`` is not of the ``kind`` that was asked for; None if it is."""
         if isinstance(target.layer, nn.Embedding) or (kind == "all-linear" and not is_linear_like(target.layer)):
             return target.kind
         if target.layer in self.heads:
@@ -201,7 +201,7 @@ class _Resolution:
         return "frozen" if self._is_frozen(target) else None
 
     def _is_frozen(self, target: Target) -> bool:
-        """Whether the module's author froze it; a quantised weight never requires a gradient."""
+        """Return whether the module's author froze it; a quantised weight never requires a gradient."""
         weight = target.module._parameters.get(target.parameter)
         return (
             not self.all_frozen
@@ -210,7 +210,7 @@ class _Resolution:
         )
 
     def _is_able(self, target: Target, strict: bool = False) -> bool:
-        """Whether the weight can carry an adapter; if not, it is left out, or where ``strict`` an error."""
+        """Return whether the weight can carry an adapter; if not, leave it out, or raise where ``strict``."""
         weight = target.module._parameters.get(target.parameter)
         if isinstance(weight, DTensor):
             raise LoRAError(
@@ -224,7 +224,7 @@ class _Resolution:
         return False
 
     def _by_name(self, rule: Rule) -> list[Target]:
-        """What is named, and what is in a module that is named and is no layer itself.
+        """Return the layers that are named, and those inside a module that is named and is no layer itself.
 
         What such a module holds is not asked for by its own name, though a regular expression may match it besides:
         where it cannot be adapted it is left out.
@@ -255,7 +255,7 @@ class _Resolution:
         return f"`target_modules` names {name!r}, a {kind}. Adapters go into {SUPPORTED}.{hint}{reason}"
 
     def _parameters(self) -> list[Target]:
-        """What ``target_parameters`` names."""
+        """Return the parameters that ``target_parameters`` names."""
         found = []
         for parameter, names in self.parameters.items():
             if not any(matches(name, self.options.target_parameters) for name in names):
@@ -275,7 +275,7 @@ class _Resolution:
     # -------------------------------------------------------------------------------------------------------- ranks
 
     def _ranked(self, found: list[Target]) -> list[Target]:
-        """``found`` with a rank each: the one asked for, or the next lower one that its weight can have."""
+        """Give each of ``found`` its rank: the one asked for, or the next lower one that its weight can have."""
         options = self.options
         ranked, wrong = [], []
         for target in found:
@@ -297,7 +297,7 @@ class _Resolution:
     # --------------------------------------------------------------------------------------------------------- ties
 
     def _with_ties(self, found: list[Target]) -> list[Target]:
-        """``found``, with every place in which the weight of a target stands."""
+        """Return ``found`` with every place in which the weight of a target stands."""
         places: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
         for module, names in self.aliases.items():
             for key, parameter in module._parameters.items():
@@ -349,7 +349,7 @@ class _Resolution:
     # ----------------------------------------------------------------------------------------------- what is left out
 
     def _left_out_modules(self) -> list[tuple[str, str]]:
-        """One entry for each module and reason."""
+        """Return one entry for each module and reason."""
         owners = {target.name: target.owner for target in self.candidates}
         return list(dict.fromkeys((owners.get(name, name), reason) for name, (reason, _) in self.left_out.items()))
 
@@ -412,7 +412,7 @@ def summary(left_out: list[tuple[str, str]]) -> str:
 
 
 def _block(name: str) -> str:
-    """The numbered module round the module called ``name``, such as ``"layers.3"``, or else its parent."""
+    """Return the numbered module round the module called ``name``, such as ``"layers.3"``, or else its parent."""
     numbered = re.match(r"(?:.*\.)?\d+(?=\.|$)", name)
     return numbered.group() if numbered else name.rpartition(".")[0] or name
 
@@ -466,7 +466,7 @@ def _check_shape(target: Target, rank: int, options: Options) -> None:
 
 
 def _wrong_ranks(wrong: list[Target], found: list[Target], options: Options) -> str:
-    """Names all ``wrong`` targets, whose rank is the one that would do, with one pattern for all of them."""
+    """Name all ``wrong`` targets, whose rank is the one that would do, with one pattern for all of them."""
     said, pattern = [], dict(options.rank_pattern or {})
     for target in wrong:
         m, n = target.sides
@@ -485,7 +485,7 @@ def _wrong_ranks(wrong: list[Target], found: list[Target], options: Options) -> 
 
 
 def _check_quantized(target: Target, options: Options) -> None:
-    """What needs a weight that can be written to, or have a gradient, cannot be had of a quantised one."""
+    """Refuse what needs a weight that can be written to, or have a gradient, if it is quantised."""
     if (stored := storage_of(target.module)) is None:
         return
     what = f"The weight of {target.name!r} ({target.kind}) is quantised ({stored.name})"

@@ -26,7 +26,7 @@ FEWEST = 4
 
 
 def first_losses(trainer: pl.Trainer, pl_module: pl.LightningModule, passes: int) -> Callable[[], Iterator[Tensor]]:
-    """What gives, each time it is called, the losses of the batches of the first optimizer step, at least 4.
+    """Return a function that yields the losses of the batches of the first optimizer step, at least 4, at each call.
 
     Raises:
         LoRAError: If the module optimizes by itself, so that its ``training_step`` takes steps.
@@ -60,7 +60,7 @@ def first_losses(trainer: pl.Trainer, pl_module: pl.LightningModule, passes: int
 
 
 def _first_batches(trainer: pl.Trainer, count: int) -> list[Any]:
-    """Batches from iterators of their own; the loaders are left as they were."""
+    """Read batches from iterators of their own; the loaders are left as they were."""
     combined = CombinedLoader(trainer.train_dataloader, combined_loader_mode(trainer))
     with isolate_rng(), ExitStack() as kept:
         for loader in combined.flattened:
@@ -70,7 +70,7 @@ def _first_batches(trainer: pl.Trainer, count: int) -> list[Any]:
 
 
 def _apart(loader: Any) -> Any:
-    """``loader`` with an iterator of its own: that of persistent workers is in use."""
+    """Return ``loader`` with an iterator of its own: that of persistent workers is in use."""
     if isinstance(loader, DataLoader):
         loader = copy.copy(loader)
         loader._iterator = None
@@ -79,7 +79,7 @@ def _apart(loader: Any) -> Any:
 
 @contextmanager
 def _kept(loader: Any) -> Iterator[None]:
-    """The state of ``loader`` and of its random generators is after it what it was before."""
+    """Put back, on leaving, the state of ``loader`` and of its random generators."""
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     generators = [owner.generator for owner in owners if isinstance(getattr(owner, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -93,7 +93,7 @@ def _kept(loader: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_trace(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Buffers, metrics and the state of random generators are after it what they were before, and alike each time."""
+    """Put back, on leaving, buffers, metrics and random generators; inside, random numbers are alike each time."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in pl_module.buffers()]
     metrics = [metric for metric in pl_module.modules() if isinstance(metric, Metric)]
     states = [(copy.deepcopy(metric.metric_state), metric._update_count, metric._computed) for metric in metrics]

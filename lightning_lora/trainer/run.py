@@ -137,7 +137,7 @@ class Run:
 
     @property
     def optimizers(self) -> list[Any]:
-        """The Trainer's optimizers; none where it is gone or had not made them."""
+        """Return the Trainer's optimizers; none where it is gone or had not made them."""
         trainer = self._trainer()
         return [] if trainer is None else list(trainer.optimizers)
 

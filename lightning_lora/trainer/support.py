@@ -93,7 +93,7 @@ def refuse_held_weights(options: Options, form: str) -> None:
 
 
 def refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: str) -> None:
-    """Refuses what is not done to weights of which every process has a part."""
+    """Refuse what cannot be done to sharded weights."""
     name = type(strategy).__name__
     if strategy.device_mesh["tensor_parallel"].size() > 1:
         raise LoRAError(
@@ -113,7 +113,7 @@ def refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: st
 
 
 def check_sharded(pl_module: pl.LightningModule) -> None:
-    """Every adapter needs its gradients to be reduced over the processes."""
+    """Check that every adapter is sharded, so that its gradients are reduced over the processes."""
     for name, adapter in adapters(pl_module).items():
         if not all(shards.is_part(p) for p in adapter.trained.values()):
             raise LoRAError(
@@ -123,7 +123,7 @@ def check_sharded(pl_module: pl.LightningModule) -> None:
 
 
 def check_complete(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """That the file just loaded into a sharded module has all but the adapters."""
+    """Check that the file just loaded into a sharded module has all but the adapters."""
     if trainer.ckpt_path is None or not os.path.isfile(trainer.ckpt_path):
         return  # a folder is asked for everything
     in_file = torch.load(trainer.ckpt_path, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
@@ -133,7 +133,7 @@ def check_complete(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def check_there(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """That no adapted layer has been replaced, which a precision plugin can do after all hooks that come before."""
+    """Check that no adapted layer has been replaced, as a precision plugin can do after all hooks that come before."""
     for owner in pl_module.modules():
         if isinstance(injection := owner.__dict__.get("lora_injection"), Injection):
             found = adapters(owner)
