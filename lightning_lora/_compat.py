@@ -33,6 +33,28 @@ def _no_functorch() -> bool:
 is_functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _no_functorch)
 
 
+no_function_of_subclasses: Any = getattr(torch._C, "DisableTorchFunctionSubclass", torch._C.DisableTorchFunction)
+"""A context in which no ``__torch_function__`` of a subclass is called; modes are, where torch can tell them apart."""
+
+
+def tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return ``tree``, of lists, tuples and dictionaries, with ``function`` of each leaf that is of ``kind``."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(kind, function, tree)
+
+
+def convolution_of(layer: Any) -> Any:
+    """Return how ``layer``, a convolution or its class, convolves an input with filters and a bias; None if unknown."""
+    return getattr(layer, "_conv_forward", None)
+
+
+def weight_names(rnn: Any) -> list[str]:
+    """Return the names of the weights of an ``nn.RNNBase``, in the order in which it hands them to its operation."""
+    names: list[str] | None = getattr(rnn, "_flat_weights_names", None)
+    return [name for name, _ in rnn.named_parameters(recurse=False)] if names is None else names
+
+
 def top_pack_hook() -> Any:
     """Return the pack hook of the innermost ``saved_tensors_hooks``, or None."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -216,8 +216,8 @@ def test_all_three_train_to_the_same_losses_and_merge_to_the_same_weights(case):
     assert losses["factored"][-1] != losses["factored"][0]
     for gradient in GRADIENTS[1:]:
         assert losses[gradient] == pytest.approx(losses["factored"], rel=1e-11)
-        for entry, value in states["factored"].items():
-            torch.testing.assert_close(states[gradient][entry], value, rtol=1e-10, atol=1e-12)
+        for entry, value in states["factored"].items():  # AdamW divides a gradient by its size, and rounding with it
+            torch.testing.assert_close(states[gradient][entry], value, rtol=1e-8, atol=1e-10)
 
 
 @st.composite

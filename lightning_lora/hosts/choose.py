@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_lora._compat import convolution_of
 from lightning_lora.hosts import forwards
 from lightning_lora.hosts.host import Forward, Host
 from lightning_lora.weights.quantized import storage_of
@@ -67,12 +68,17 @@ def exact_forward(module: nn.Module, gradient: str, rescales: bool = False) -> F
         return forwards.linear if factored else forwards.merged_linear
     if own is nn.Embedding.forward:
         return forwards.embedding if factored else forwards.merged_embedding
-    for convolution in CONVOLUTIONS:
-        if own is convolution.forward and kind._conv_forward is convolution._conv_forward:
-            return forwards.convolution if factored else forwards.merged_convolution
+    if any(own is convolution.forward for convolution in CONVOLUTIONS) and _convolves_as_torch(kind):
+        return forwards.convolution if factored else forwards.merged_convolution
     if own is getattr(_conv1d(), "forward", None):
         return forwards.conv1d_of_transformers if factored else forwards.merged_conv1d_of_transformers
     return None
+
+
+def _convolves_as_torch(kind: Any) -> bool:
+    """Return whether the class ``kind`` convolves as one of torch's layers does."""
+    own = convolution_of(kind)
+    return own is not None and any(own is convolution_of(convolution) for convolution in CONVOLUTIONS)
 
 
 def layer_of(module: nn.Module, parameter: str) -> str:
@@ -94,7 +100,7 @@ def layer_of(module: nn.Module, parameter: str) -> str:
         return nn.Linear.__name__
     if isinstance(module, CONVOLUTIONS) and parameter == "weight":
         plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
-        if not plain or not any(kind._conv_forward is layer._conv_forward for layer in CONVOLUTIONS):
+        if not plain or not _convolves_as_torch(kind):
             return f"{kind.__name__} with groups, dilation, padding or a forward of its own"
     if parameter == "weight" and "forward" not in vars(module):
         for layer in (nn.Linear, nn.Embedding, *CONVOLUTIONS, _conv1d()):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora._compat import convolution_of
 from lightning_lora.gradients import factored, merged
 from lightning_lora.gradients.paths import ConvolutionPath, LookupPath
 from lightning_lora.gradients.presents import presents
@@ -52,11 +53,11 @@ def conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
     return _product(self, x, _stored(self).T)
 
 
-@presents(lambda host, input: host._conv_forward(input, host.weight, host.bias))
+@presents(lambda host, input: convolution_of(host)(input, host.weight, host.bias))
 def convolution(self: Any, input: Tensor) -> Tensor:
     """Compute the layer's own convolution and, beside it, those with the filters A and B."""
     adapter, weight = self.lora, _stored(self)
-    y = self._conv_forward(input, weight, self.bias)
+    y = convolution_of(self)(input, weight, self.bias)
     if adapter.is_aside:
         return y
     x = F.dropout(input, adapter.dropout, self.training)
@@ -90,10 +91,10 @@ def merged_conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
     return merged.tap_linear(y, x, self.lora) if _is_tapped(self) else y
 
 
-@presents(lambda host, input: host._conv_forward(input, host.weight, host.bias))
+@presents(lambda host, input: convolution_of(host)(input, host.weight, host.bias))
 def merged_convolution(self: Any, input: Tensor) -> Tensor:
     """Compute the layer's own convolution, and tap its output."""
-    y = self._conv_forward(input, _stored(self), self.bias)
+    y = convolution_of(self)(input, _stored(self), self.bias)
     return merged.tap(y, input, self.lora, _convolution_path(self)) if _is_tapped(self) else y
 
 
@@ -105,7 +106,7 @@ def merged_embedding(self: Any, input: Tensor) -> Tensor:
 
 
 def _convolution_path(host: Any) -> ConvolutionPath:
-    return ConvolutionPath(lambda x, filters: host._conv_forward(x, filters, None), host.lora.shape, host.groups)
+    return ConvolutionPath(lambda x, filters: convolution_of(host)(x, filters, None), host.lora.shape, host.groups)
 
 
 def _lookup(host: Any, input: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
 from lightning_lora.adapters.adapter import Snapshot
 from lightning_lora.errors import LoRAError, warn
@@ -180,7 +181,7 @@ def _refuse_assignment(host: Host, value: Any) -> None:
 
 def _flat_weights(rnn: Any) -> list[Tensor]:
     """Return the list that ``nn.RNNBase`` reads its parameters from, read anew."""
-    return [getattr(rnn, name) for name in rnn._flat_weights_names]
+    return [getattr(rnn, name) for name in _compat.weight_names(rnn)]
 
 
 # ---------------------------------------------------------------------------------------------- overridden by all hosts

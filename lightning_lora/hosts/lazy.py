@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
@@ -90,16 +89,16 @@ class LazyWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with _compat.no_function_of_subclasses():
                 return func(*args, **kwargs)
         if (special := _SPECIAL.get(func)) is not None:
-            with torch._C.DisableTorchFunctionSubclass():
+            with _compat.no_function_of_subclasses():
                 result = special(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         _refuse_writing(func, args, kwargs)
         with _forming() as form:
-            args, kwargs = tree_map_only(LazyWeight, form, (args, dict(kwargs)))
+            args, kwargs = _compat.tree_map_only(LazyWeight, form, (args, dict(kwargs)))
             return func(*args, **kwargs)
 
     @classmethod
@@ -109,7 +108,7 @@ class LazyWeight(Tensor):
         """Form W where C++ comes upon a handle."""
         if func is torch.ops.aten.detach.default:
             return _bare(*args[0].state())
-        args, kwargs = tree_map_only(LazyWeight, LazyWeight.form, (args, dict(kwargs or {})))
+        args, kwargs = _compat.tree_map_only(LazyWeight, LazyWeight.form, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
