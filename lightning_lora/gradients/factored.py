@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.gradients.autocast import without_autocast
-from lightning_lora.gradients.transforms import is_transformed
+from lightning_lora.gradients.transforms import takes_formula
 
 
 def linear(
@@ -44,9 +44,9 @@ def linear(
         (..., m)
     """
     x, A, B = in_one_dtype(x, A, B)
+    if takes_formula(x):
+        return F.linear(x, weight, bias) + increment(scale, F.dropout(x, dropout), A, B)
     mask, scale = _mask(x, scale, dropout)
-    if is_transformed():
-        return F.linear(x, weight, bias) + increment(scale, x, A, B, mask)
     return _Linear.apply(x, weight, bias, A, B, mask, scale)
 
 
@@ -56,9 +56,9 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
     ``y`` is left as it is, since the graph that made it may need it.
     """
     x, A, B = in_one_dtype(x, A, B)
+    if takes_formula(x):
+        return y + increment(scale, F.dropout(x, dropout), A, B).to(y.dtype)
     mask, scale = _mask(x, scale, dropout)
-    if is_transformed():
-        return y + increment(scale, x, A, B, mask).to(y.dtype)
     return _Add.apply(y, x, A, B, mask, scale)
 
 
@@ -66,6 +66,8 @@ def rescaled(y: Tensor, gain: Tensor | None, bias: Tensor | None, channel: int =
     """Return ``y``, a layer's output with the increment, as it is when its weight is multiplied by ``gain`` (m,)."""
     if gain is None:
         return y
+    if y.is_nested:  # which is multiplied by matrices only
+        return F.linear(y, gain.diag().to(y.dtype), None if bias is None else ((1 - gain) * bias).to(y.dtype))
     sides = [1] * y.dim()
     sides[channel] = -1
     gain = gain.view(sides)
@@ -74,9 +76,9 @@ def rescaled(y: Tensor, gain: Tensor | None, bias: Tensor | None, channel: int =
     return scaled.to(y.dtype)
 
 
-def increment(s: float, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
+def increment(s: float, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return the increment of Y as a formula, (..., m), which ``torch.func`` differentiates and batches by itself."""
-    return s * ((x if mask is None else x * mask) @ A.T @ B)
+    return s * F.linear(F.linear(x, A), B.T)
 
 
 def in_one_dtype(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,12 +20,12 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.gradients.autocast import without_autocast
 from lightning_lora.gradients.factored import increment
 from lightning_lora.gradients.paths import Path
-from lightning_lora.gradients.transforms import is_transformed
+from lightning_lora.gradients.transforms import takes_formula
 
 
 def tap_linear(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """Return ``y``, (..., m), a linear layer's output for ``x``, (..., n), whose gradient ``adapter`` sees."""
-    if is_transformed():
+    if takes_formula(x):
         return _with_zero(y, lambda A, B: increment(adapter.scale, x.to(y.dtype), A, B), adapter)
     A, B = adapter.factors()
     return _LinearTap.apply(y, x, A, B, adapter) if A.requires_grad or B.requires_grad else y
@@ -33,7 +33,7 @@ def tap_linear(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
 
 def tap(y: Tensor, x: Tensor, adapter: Adapter, path: Path) -> Tensor:
     """Return the same for any layer: ``y`` is its output for ``x``."""
-    if is_transformed():
+    if takes_formula(x):
         x = x.to(y.dtype) if x.dtype.is_floating_point else x
         return _with_zero(y, lambda A, B: adapter.scale * path.up(path.down(x, A), B), adapter)
     A, B = adapter.as_product(*adapter.factors())

@@ -87,6 +87,8 @@ class LookupPath:
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Return Z, (..., r), for the indices ``x`` (...) and ``A`` (r, n)."""
+        if x.is_nested:
+            return F.embedding(x, A.T, self.padding_idx)
         z = A.index_select(1, x.flatten()).T.unflatten(0, x.shape) if x.dim() else A[:, x]
         return z if self.padding_idx is None else torch.where((x == self.padding_idx).unsqueeze(-1), z.detach(), z)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lightning_lora import _compat
 
@@ -16,6 +17,15 @@ def is_transformed() -> bool:
     it keeps of a ``Function`` cannot be saved.
     """
     return _compat.is_functorch_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def takes_formula(x: Tensor) -> bool:
+    """Return whether the increment for the input ``x`` has to be a formula of plain operations.
+
+    So it is in a transform, and where ``x`` is no dense tensor that can be taken as a matrix of rows: it is nested, as
+    a batch of sequences of several lengths, or sparse.
+    """
+    return is_transformed() or x.layout is not torch.strided or x.is_nested
 
 
 def is_watched() -> bool:
