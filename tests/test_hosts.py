@@ -422,8 +422,8 @@ def test_inputs_that_are_nested_or_sparse_give_the_gradients_of_dense_ones_in_ev
         given = [p.grad.clone() for a in found for p in a.trained.values()]
         optimizer.zero_grad()
         sum(_squares(module(part)) for part in dense).backward()
-        for a, b in zip(given, (p.grad for a in found for p in a.trained.values()), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+        for actual, p in zip(given, [p for a in found for p in a.trained.values()], strict=True):
+            torch.testing.assert_close(actual, p.grad, rtol=1e-11, atol=1e-13)
         merge(module)
         torch.testing.assert_close(_squares(module(x)), _squares(y), rtol=1e-12, atol=0)
 

@@ -332,19 +332,34 @@ def sparse():
     return module
 
 
+class OfTwo(nn.Module):
+    """A weight that is the sum of two parameters."""
+
+    def forward(self, a, b):
+        return a + b
+
+    def right_inverse(self, weight):
+        return weight / 2, weight / 2
+
+
+class UnitRows(nn.Module):
+    def forward(self, weight):
+        return nn.functional.normalize(weight, dim=-1)
+
+
+def parametrized(layer, *parts):
+    for part in parts:
+        parametrize.register_parametrization(layer, "weight", part)
+    return layer
+
+
 CANNOT = {
     "meta": (meta, "head", "meta device", r"'head' .Linear. is on the meta device"),
     "lazy": (lazy, "1", "lazy", r"'1' \(LazyLinear\) is lazy"),
-    "orthogonal": (
-        lambda: computed(parametrizations.orthogonal),
+    "computed of two": (
+        lambda: computed(lambda layer: parametrize.register_parametrization(layer, "weight", OfTwo())),
         "1",
-        "orthogonal",
-        "'1' .* is computed by a parametrization",
-    ),
-    "parametrized": (
-        lambda: computed(lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity())),
-        "1",
-        "identity",
+        "of two",
         "'1' .* is computed by a parametrization",
     ),
     "integer": (integer, "1", "quantised", r"'1' \(Linear\) is stored as torch.int8"),
@@ -461,6 +476,16 @@ KINDS = {
     ),
     "parametrizations.spectral_norm": (
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 4))),
+        ROW,
+        ["0.parametrizations.weight.original"],
+    ),
+    "parametrizations.orthogonal": (
+        lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 4))),
+        ROW,
+        ["0.parametrizations.weight.original"],
+    ),
+    "parametrizations of one's own": (
+        lambda: nn.Sequential(parametrized(nn.Linear(8, 4), nn.Identity(), UnitRows())),
         ROW,
         ["0.parametrizations.weight.original"],
     ),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +92,8 @@ def joined(owner: str, parameter: str) -> str:
 def own_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """Find the parameters by which ``layer`` itself multiplies its input, each with the module that holds it.
 
-    Of a weight that ``weight_norm`` or ``spectral_norm`` computes from another of the same shape, the latter is meant.
+    Of a weight that is computed from another parameter, as by ``spectral_norm``, the latter is meant; by
+    ``weight_norm``, the directions.
     There is none where ``layer`` is a layer of no kind.
     """
     if isinstance(layer, LAYERS) or is_linear_like(layer) or _is_linear_by_shape(layer):
@@ -107,19 +107,17 @@ def own_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _source(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module and the name of the parameter that holds the directions of the weight ``name``."""
+    """Return the module and the name of the parameter from which the weight ``name`` is computed, or itself."""
     for key in (name, f"{name}_v", f"{name}_orig"):
         if layer._parameters.get(key) is not None:
             return layer, key
-    for part, key in (("_WeightNorm", "original1"), ("_SpectralNorm", "original")):
-        parts = _parametrizations(layer, name)
-        if [type(part).__name__ for part in parts] == [part] and not isinstance(layer, nn.Embedding):
-            return cast(nn.Module, parts), key
+    parts: Any = dict(getattr(layer, "parametrizations", {})).get(name)
+    if parts is not None and not isinstance(layer, nn.Embedding):
+        if "original" in parts._parameters:
+            return parts, "original"
+        if [type(part).__name__ for part in parts] == ["_WeightNorm"]:
+            return parts, "original1"
     return layer, name
-
-
-def _parametrizations(layer: nn.Module, name: str) -> Iterable[nn.Module]:
-    return dict(getattr(layer, "parametrizations", {})).get(name, ())
 
 
 def _is_linear_by_shape(layer: nn.Module) -> bool:
@@ -176,7 +174,8 @@ def obstacle_of(target: Target, gradient: str) -> tuple[str, str] | None:
         return "attribute `lora`", f"{name} has an attribute `lora`, the name an adapter is kept under."
     weight = module._parameters.get(target.parameter)
     if weight is None:
-        kinds = [type(part).__name__.lstrip("_") for part in _parametrizations(module, target.parameter)]
+        parts = dict(getattr(module, "parametrizations", {})).get(target.parameter, ())
+        kinds = [type(part).__name__.lstrip("_") for part in parts]
         words = " and ".join(re.sub("(?<=[a-z])(?=[A-Z])", " ", kind).lower() for kind in kinds)
         return words or "computed weight", (
             f"The weight of {name} is computed by a parametrization or a hook, so no adapter can be merged into it."
