@@ -203,13 +203,13 @@ def page(results: Mapping[str, Any]) -> str:
         f"model type of transformers {transformers.__version__}, injects adapters with the default options in each of",
         "the three gradient modes, takes two steps, and merges.",
         "",
-        f"- **{len(measured) - len(failed)} of {len(measured) + len(errors)} types pass every check.** {rest} others",
-        "  have no model of their own, or are too large or too particular for the program to make them small.",
+        f"- **{len(measured) - len(failed)} of {len(measured) + len(errors)} types pass every check.** {rest}",
+        "  others have no model of their own, or are too large or too particular for the program to make them small.",
         f"- Output after injection against before: {worst['injected']:.0e} of the largest entry at most. It is not zero",
         "  where torch chooses another kernel for a frozen weight.",
         f"- Gradients of B between the three modes: {worst['gradients']:.0e} at most, in single precision.",
         f"- Output with adapters against the merged model's: {worst['merged']:.0e} at most.",
-        f"- The merged model's output against that of a plain model with its state dict: {worst['loaded']:.0e} at most.",
+        f"- The merged model's output against a plain model's with its state dict: {worst['loaded']:.0e} at most.",
         "",
     ]
     for kind, why in {**errors, **failed}.items():
