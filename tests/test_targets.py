@@ -413,6 +413,20 @@ class GraphLinear(nn.Module):
         return x @ self.weight.T
 
 
+class Relations(nn.Module):
+    """As the layers of torch_geometric for graphs whose edges are of several kinds."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight = nn.Parameter(torch.randn(3, in_channels, out_channels))
+        self.root = nn.Parameter(torch.randn(in_channels, out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x):
+        return sum((x @ self.weight[k] for k in range(3)), x @ self.root) + self.bias
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -460,6 +474,7 @@ KINDS = {
         [f"0.{part}" for part in ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")],
     ),
     "duck": (lambda: nn.Sequential(nn.LayerNorm(8), GraphLinear(8, 6)), ROW, ["1"]),
+    "a matrix for each relation": (lambda: nn.Sequential(Relations(8, 6)), ROW, ["0", "0.root"]),
     "bilinear": (lambda: nn.Sequential(Pair()), ROW, ["0.bilinear"]),
     "experts": (lambda: nn.Sequential(Experts()), ROW, ["0.gate_up_proj"]),
     "experts by number": (lambda: nn.Sequential(Mixture()), ROW, ["0.gate_up_proj"]),
@@ -513,7 +528,8 @@ def test_every_layer_that_multiplies_by_a_weight_is_adapted_and_merged(case, gra
         output().pow(2).mean().backward()
         assert all(p.grad is not None for adapter in adapters(module).values() for p in adapter.trained.values())
         optimizer.step()
-    assert all(adapter.A.dim() == (3 if "experts" in case else 2) for adapter in adapters(module).values())
+    stacked = {"experts", "experts by number", "a matrix for each relation"}
+    assert (case in stacked) == any(adapter.A.dim() == 3 for adapter in adapters(module).values())
     adapted = output().detach()
     assert not torch.equal(adapted, before)
     merge(module)
@@ -549,6 +565,28 @@ def test_frozen_networks_and_those_of_metrics_stay_as_they_are():
     assert found.left_out == [("loss", "frozen"), ("score.network", "in a metric")]
     assert found.warnings == []
     assert names_of(resolve(module, Options(rank=2, target_modules=["loss"]))) == ["loss"]
+
+
+class OwnMatrices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.position = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(1, 4, 8))
+        self.net, self.gain = nn.Linear(8, 2), nn.Parameter(torch.ones(8, 1))
+
+
+def test_matrices_of_no_layer_are_named_as_left_out_and_a_warning_says_how_to_adapt_them():
+    module = OwnMatrices()
+    found = resolve(module, Options(rank=2))
+    assert names_of(found) == ["net"]
+    assert found.left_out == [("mix", "bare parameter"), ("position", "bare parameter")]
+    (warning,) = found.warnings
+    assert "reach 14% of the weights" in warning
+    assert "Left out: 2 bare parameter." in warning
+    assert "`target_parameters` can name parameters of no layer, such as 'mix'." in warning
+    for options in ({"target_parameters": ["mix"]}, {"modules_to_save": ["mix"]}):
+        assert resolve(module, Options(rank=2, **options)).left_out == [("position", "bare parameter")]
+    with pytest.raises(LoRAError, match=r"leave no module to adapt.* such as 'mix'"):
+        resolve(module, Options(rank=2, exclude_modules=["net"]))
 
 
 def test_where_everything_is_frozen_all_is_adapted():

@@ -98,6 +98,8 @@ def own_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """
     if isinstance(layer, LAYERS) or is_linear_like(layer) or _is_linear_by_shape(layer):
         return [_source(layer, "weight")]
+    if by_sides := _matrices_by_sides(layer):
+        return [(layer, name) for name in by_sides]
     if isinstance(layer, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
         present = [name for name, p in layer._parameters.items() if p is not None]
         present += getattr(layer, "parametrizations", {})
@@ -129,6 +131,31 @@ def _is_linear_by_shape(layer: nn.Module) -> bool:
     return isinstance(weight, UninitializedParameter) or (
         weight is not None and weight.dim() == 2 and weight.is_floating_point()
     )
+
+
+def _matrices_by_sides(layer: nn.Module) -> list[str]:
+    """Return the parameters whose last two sides are the inputs and the outputs that ``layer`` says it has.
+
+    So the layers of torch_geometric hold a matrix for each relation, or for each step.
+    """
+    sides = [
+        {getattr(layer, f"in_{x}"), getattr(layer, f"out_{x}")}
+        for x in ("features", "channels")
+        if all(type(getattr(layer, f"{way}_{x}", None)) is int for way in ("in", "out"))
+    ]
+    return [
+        name
+        for name, p in layer._parameters.items()
+        if p is not None
+        and not isinstance(p, UninitializedParameter)
+        and (p.dim() in (2, 3) and p.is_floating_point() and min(p.shape[-2:]) > 1 and set(p.shape[-2:]) in sides)
+    ]
+
+
+def is_bare(parameter: Tensor) -> bool:
+    """Return whether ``parameter``, of no layer, could be a matrix by which a module multiplies."""
+    known = not isinstance(parameter, UninitializedParameter) and parameter.layout is torch.strided
+    return known and parameter.is_floating_point() and parameter.dim() > 1 and min(parameter.shape[-2:]) > 1
 
 
 def _expert_stacks(module: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from lightning_lora.hosts import is_linear_like, is_transposed, storage_of
 from lightning_lora.injection.layers import (
     SUPPORTED,
     Target,
+    is_bare,
     joined,
     obstacle_of,
     output_heads,
@@ -90,6 +91,13 @@ class _Resolution:
         self.all_frozen = not any(
             p.requires_grad for module in judged for p in module._parameters.values() if p is not None
         )
+        held = {target.module._parameters.get(target.parameter) for target in self.candidates}
+        self.bare = {
+            parameter: names
+            for parameter, names in self.parameters.items()
+            if parameter not in held and is_bare(parameter) and (parameter.requires_grad or self.all_frozen)
+        }
+        """Parameters of no layer that could be matrices; ``target_parameters`` can name them."""
         self.saved = {
             p for p, names in self.parameters.items() if any(_inside(name, options.modules_to_save) for name in names)
         }
@@ -134,6 +142,9 @@ class _Resolution:
                 self.left_out.pop(candidate.name, None)
             else:
                 self.left_out.setdefault(candidate.name, (candidate.kind, ""))
+        for parameter, names in self.bare.items():
+            if not (parameter in self.saved or any(_inside(name, options.exclude_modules) for name in names)):
+                self.left_out[names[0]] = "bare parameter", ""
         for target in adapted:
             self.left_out.pop(joined(target.owner, target.parameter), None)
             self.left_out.pop(target.name, None)
@@ -153,6 +164,7 @@ class _Resolution:
         reasons = list(dict.fromkeys(sentence for _, sentence in self.left_out.values() if sentence))
         hint = " What is frozen is adapted where it is named in `target_modules`, or unfrozen before." if frozen else ""
         hint = " ".join(["", *reasons[:2]]) + hint
+        hint += f" {self._name_bare()}" if self.bare else ""
         if dropped:
             return (
                 "`exclude_modules` and `modules_to_save` leave no module to adapt: they take"
@@ -356,6 +368,10 @@ class _Resolution:
     def _warnings(self, adapted: list[Target]) -> list[str]:
         return [*self._without_dropout(adapted), *self._if_little_is_adapted(adapted)]
 
+    def _name_bare(self) -> str:
+        name = next(iter(self.bare.values()))[0]
+        return f"`target_parameters` can name parameters of no layer, such as {name!r}."
+
     def _without_dropout(self, adapted: list[Target]) -> Iterable[str]:
         names = sorted({target.name for target in adapted if not _has_thin_path(target)})
         if self.options.dropout and names:
@@ -383,6 +399,9 @@ class _Resolution:
             if is_adapted or (target.name in self.left_out and counts):
                 reached = is_adapted or _block(target.owner) in blocks
                 sizes[reached][target.name if weight is None else weight] = target.numel
+        for parameter, names in self.bare.items():
+            if names[0] in self.left_out:
+                sizes[False][parameter] = parameter.numel()
         there, missing = (sum(sizes[reached].values()) for reached in (True, False))
         left_out = self._left_out_modules()
         reasons = {reason for _, reason in left_out}
@@ -396,7 +415,9 @@ class _Resolution:
             )
         if "lazy" in reasons:
             advice.append("Run one batch through the module before `fit`, so that lazy layers have weights.")
-        if reasons - {"frozen", "lazy"} and self.options.target_modules != "all":
+        if "bare parameter" in reasons:
+            advice.append(self._name_bare())
+        if reasons - {"frozen", "lazy", "bare parameter"} and self.options.target_modules != "all":
             advice.append("`target_modules='all'` adapts layers of every kind.")
         share = f"{there / (there + missing):.0%}" if there + missing else "none"
         yield (
