@@ -17,7 +17,7 @@ from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint import peft, read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
-from lightning_lora.checkpoint.format import KEY, State
+from lightning_lora.checkpoint.format import KEY, SavedRun
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, show_adapters
 from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
@@ -88,7 +88,7 @@ class Run:
         way of ``parameters()``, as averages and perturbations do, is right only if it finds them."""
         self.waits_for_file = False
         """Whether Lightning may be reading a checkpoint: what it raises then may be damage of the file."""
-        self.payload: State | None = None
+        self.saved: SavedRun | None = None
         """``checkpoint["lightning_lora"]`` of the file that is being loaded; its adapters follow the weights."""
         self.before: dict[str, Tensor] = {}
         """This rank's shards of W0, kept while a strategy loads a file over them."""
@@ -272,18 +272,17 @@ class Run:
             read.restore_shards(checkpoint, self.module, self.callback.exact_resume, self.before)
             self.forget_loading()
             return
-        after_fit = self.callback.finished_payload(self.module)
-        self.averages.prepare_for_loading(checkpoint, self.module, self.callback.exact_resume, after_fit)
-        self.payload = checkpoint.get(KEY)
-        if self.payload is not None and self.payload["version"] == 1:
+        after_fit = self.callback.finished_run(self.module)
+        self.saved = self.averages.prepare_for_loading(checkpoint, self.module, self.callback.exact_resume, after_fit)
+        if self.saved is not None and self.saved.version == 1:
             self._old_optimizer_states = checkpoint.get("optimizer_states", [])
-        self.callback.keep_finished(self.module, None if adapters(self.module) else self.payload)
+        self.callback.keep_finished(self.module, None if adapters(self.module) else self.saved)
 
     def on_load_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Put the adapters back after the weights, whatever the module's own ``load_state_dict`` does with keys."""
         result = original(*args, **kwargs)
-        if self.payload is not None:
-            read.restore_adapters(self.module, self.payload)
+        if self.saved is not None:
+            read.restore_adapters(self.module, self.saved.adapters)
         return result
 
     def on_configure_optimizers(self, original: Callable[[], Any]) -> Any:
@@ -322,7 +321,7 @@ class Run:
 
     def _unfrozen_before(self) -> set[Tensor]:
         """Return the weights without an adapter that the module's own code had unfrozen in the run that is resumed."""
-        trained = set(self.payload["trained"]) if self.payload is not None else set()
+        trained = set(self.saved.trained) if self.saved is not None else set()
         adapted = {place.weight for place in places(self.module)}
         return {p for p, name in frozen_weights(self.module).items() if name in trained and p not in adapted}
 
@@ -439,20 +438,20 @@ class Run:
 
         The module's own hook comes last and sees what it would see without adapters.
         """
-        module = self.module
+        module, saved = self.module, self.callback.finished_run(self.module)
         if adapters(module):
             for place in places(module):
                 place.adapter.check_followed()
-            payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
+            saved = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
             if sharded.is_sharded(module):
-                checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, payload)
+                checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, saved)
             else:
-                self.averages.save(checkpoint, payload, module)
-            checkpoint[KEY] = payload
+                saved = self.averages.save(checkpoint, saved, module)
+            checkpoint[KEY] = saved.to_mapping()
             self._tell_rewritten()
         original(checkpoint)
-        if KEY in checkpoint and not sharded.is_sharded(module):
-            self._tell_incomplete(write.missing_weights(checkpoint.get("state_dict", {}), checkpoint[KEY]))
+        if saved is not None and KEY in checkpoint and not sharded.is_sharded(module):
+            self._tell_incomplete(write.missing_weights(checkpoint.get("state_dict", {}), saved))
 
     def _tell_incomplete(self, missing: list[str]) -> None:
         if missing and not self._told_incomplete:
@@ -592,7 +591,7 @@ class Run:
         if self.trains and adapters(module):
             show_adapters(module)
             present_merged(module, False)
-            payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
+            saved = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
             self._tell_rewritten()
             if errors := merging_errors(module).values():
                 rank_zero_info(
@@ -602,7 +601,7 @@ class Run:
                 )
             states = [optimizer.state_dict() for optimizer in self.optimizers]
             merge(module)
-            self.callback.keep_finished(module, payload, states)
+            self.callback.keep_finished(module, saved, states)
         self.undo_substitutions()
         return error
 
@@ -610,9 +609,9 @@ class Run:
 class Finished:
     """What it takes to resume a run whose module is plain and merged again."""
 
-    def __init__(self, module: nn.Module, payload: State, optimizer_states: list[Any] | None = None) -> None:
+    def __init__(self, module: nn.Module, run: SavedRun, optimizer_states: list[Any] | None = None) -> None:
         self._module = weakref.ref(module)
-        self.payload = payload
+        self.run = run
         self._optimizer_states = optimizer_states
         """The states of A and B: the optimizers have their weights back."""
         self._seen = {name: seen(weight) for name, weight in self._weights(module)}
@@ -621,7 +620,7 @@ class Finished:
         parameters: Mapping[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         return [
             (name, weight)
-            for name in self.payload["adapters"]
+            for name in self.run.adapters
             if (weight := parameters.get(f"{name}.weight", parameters.get(name))) is not None
         ]
 
@@ -634,12 +633,12 @@ class Finished:
 
         A weight that was edited since is what a run that resumes starts from: its adapter is zero in the file.
         """
-        payload = self.payload
+        run = self.run
         weights = dict(self._weights(module))
         edited = [name for name, before in self._seen.items() if seen(weights[name]) != before]
         if edited:
-            payload = write.with_new_bases(payload, {name: weights[name] for name in edited})
-        write.make_plain(checkpoint["state_dict"], payload, storages(module))
+            run = write.with_new_bases(run, {name: weights[name] for name in edited})
+        write.make_plain(checkpoint["state_dict"], run, storages(module))
         if self._optimizer_states is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = self._optimizer_states
-        checkpoint[KEY] = payload
+        checkpoint[KEY] = run.to_mapping()
