@@ -271,7 +271,7 @@ def _fits_together(state: AdapterState) -> bool:
 def _average(average: Any, adapters: Mapping[str, AdapterState]) -> dict[str, AdapterState]:
     """Return what ``average`` says, which has an adapter like each of ``adapters``."""
     if isinstance(average, Mapping) and average.keys() == adapters.keys():
-        states = {name: _adapter(name, average[name]) for name in adapters}
+        states = {name: _adapter(f"{name} of the average", average[name]) for name in adapters}
         if all(_kind(states[name]) == _kind(state) for name, state in adapters.items()):
             return states
     raise _malformed("`average` holds no adapters like those in `adapters`")
