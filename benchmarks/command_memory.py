@@ -35,8 +35,8 @@ def make_files(folder: Path, gigabytes: float, width: int, rank: int) -> None:
     with torch.no_grad():
         for adapter in lightning_lora.adapters(module).values():
             nn.init.normal_(adapter.B, std=0.02)
-    payload = write.describe(module, next(injections(module)).options, "adapter", Fingerprints())
-    torch.save({"state_dict": {}, "lightning_lora": payload}, folder / "adapter.ckpt")
+    run = write.describe(module, next(injections(module)).options, "adapter", Fingerprints())
+    torch.save({"state_dict": {}, "lightning_lora": run.to_mapping()}, folder / "adapter.ckpt")
 
 
 def measure(folder: Path, *command: str) -> tuple[float, float, float]:

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_lora._compat import logged_step, logs_hyperparameters
-from lightning_lora.checkpoint.format import State, damage
+from lightning_lora.checkpoint.files import damage
+from lightning_lora.checkpoint.format import SavedRun
 from lightning_lora.checkpoint.peft import check_beside_files
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import adapters
@@ -247,7 +248,7 @@ class LoRA(Callback):
         """Check again: the module's own ``on_fit_start`` may have frozen everything."""
         run = self._running()
         run.waits_for_file = False
-        run.payload = None
+        run.saved = None
         run.forget_loading()
         sharded.reshard(pl_module)  # after the sanity check
         support.check_trained(trainer, pl_module, run.idle)
@@ -343,15 +344,15 @@ class LoRA(Callback):
         elif self._run is not None:
             self._run.wrap_hooks()  # the module's own hook comes next
 
-    def finished_payload(self, pl_module: pl.LightningModule) -> State | None:
+    def finished_run(self, pl_module: pl.LightningModule) -> SavedRun | None:
         """Return the adapters that are folded into the weights of ``pl_module``, as they stand in a checkpoint."""
-        return self._finished.payload if self._finished is not None and self._finished.belongs_to(pl_module) else None
+        return self._finished.run if self._finished is not None and self._finished.belongs_to(pl_module) else None
 
     def keep_finished(
-        self, pl_module: pl.LightningModule, payload: State | None, optimizer_states: list[Any] | None = None
+        self, pl_module: pl.LightningModule, run: SavedRun | None, optimizer_states: list[Any] | None = None
     ) -> None:
         """Keep what it takes to resume a run whose module is plain and merged."""
-        self._finished = None if payload is None else Finished(pl_module, payload, optimizer_states)
+        self._finished = None if run is None else Finished(pl_module, run, optimizer_states)
 
     def _running(self) -> Run:
         assert self._run is not None, "a hook of training was called before `setup`"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.adapters.spectrum import change, core, effective_rank, rank_holding, singular_values
+from lightning_lora.checkpoint.files import File, read
 from lightning_lora.checkpoint.format import weight_key
-from lightning_lora.checkpoint.load import File, payload_of, plain_state, read_checkpoint
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import distinct_places
 from lightning_lora.weights import sharded
@@ -75,8 +75,7 @@ def adapter_table(module_or_file: nn.Module | File) -> list[AdapterRow]:
         A row for each adapter, in the module's order. Sums are in float64, or float32 where a device has no other.
 
     Raises:
-        LoRAError: If there are no adapters, or the file is damaged.
-        ValueError: If the adapters in the file are malformed.
+        LoRAError: If there are no adapters, or the file is damaged or malformed.
     """
     found = of_module(module_or_file) if isinstance(module_or_file, nn.Module) else _of_file(module_or_file)
     if not found:
@@ -235,14 +234,14 @@ def measure(
 
 
 def _of_file(file: File) -> list[Found]:
-    checkpoint = read_checkpoint(file)
-    payload, state = payload_of(checkpoint), plain_state(checkpoint)
+    opened = read(file)
+    run, weights = opened.run(), opened.plain_weights()
     found: list[Found] = []
-    for name, entry in payload["adapters"].items():
-        weight = state.get(weight_key(name, state))
-        if "A" not in entry if weight is None else list(weight.shape) != entry["shape"]:
+    for name, state in run.adapters.items():
+        weight = weights.get(weight_key(name, weights))
+        if "A" not in state.tensors if weight is None else list(weight.shape) != state.shape:
             raise LoRAError(f"The adapter of {name!r} is not one for a weight in the file.")
-        adapter = Adapter.from_state(entry)
+        adapter = Adapter.from_state(state)
         adapter.holds = True  # as a weight in a file does
         found.append((name, adapter, functools.partial(lambda weight: weight, weight)))
     return found

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_lora import LoRA, adapters, inject, merge
+from lightning_lora import LoRA, adapters, inject, merge, save_peft
 from lightning_lora.hosts import Host
 from lightning_lora.injection.inject import places
 from lightning_lora.memory.report import PARTS
@@ -66,6 +66,8 @@ ROUNDED = ["merged, bf16-true", "zero, policy", "projected, policy"]
 """Those that compute in bfloat16, so that half a batch and the whole give different bits."""
 ELSEWHERE = ["zero", "both, projected, every 3, kept"]
 """Those that other numbers of processes resume."""
+PEFT = ["zero", "pissa", "dora", "merged additive", "zero, policy"]
+"""Those whose adapters are written for PEFT too."""
 BATCHES = 3
 
 
@@ -305,6 +307,8 @@ def main(folder: Path) -> None:
         trainer.save_checkpoint(folder / f"{name}-weights.ckpt", weights_only=True)
         trainer.validate(model, trainer.val_dataloaders, verbose=False)
         seen[name]["val_loss"] = trainer.callback_metrics["val_loss"].item()
+        if name in PEFT:
+            save_peft(model, folder / f"peft {name}")
         if name == "zero":
             try:
                 copy.deepcopy(model.linear)

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback
 from lightning_utilities.core.imports import RequirementCache
 from models import Digest, Net, ResumableLoader, batches, data, digest, layers, structure, trainer
 
-from lightning_lora import LoRA, adapters
+from lightning_lora import LoRA, adapters, load_adapter, load_peft, merged_state_dict, save_peft
+from lightning_lora.cli import main
 from lightning_lora.errors import LoRAError
 
 if not RequirementCache("lightning>=2.6.0"):
@@ -164,6 +165,27 @@ def test_the_average_in_a_file_is_tested_without_the_callbacks(tmp_path):
     )
     (without,) = trainer(tmp_path).test(Net(), data(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
     assert with_lora == without
+
+
+def test_whoever_reads_a_file_of_adapters_gets_the_average_that_a_merged_file_has(tmp_path):
+    options = {"modules_to_save": ["layers.1"]}
+    run("moving", False, tmp_path / "merged", **options)
+    run("moving", False, tmp_path / "adapter", checkpoint="adapter", **options)
+    expected = read(tmp_path / "merged" / "epoch=1.ckpt")["state_dict"]
+    file, base = tmp_path / "adapter" / "epoch=1.ckpt", tmp_path / "base.pt"
+    torch.save(Net().state_dict(), base)
+    assert main(["merge", str(base), str(file), str(tmp_path / "out.pt")]) == 0
+    assert digest(read(tmp_path / "out.pt")) == digest(expected)
+    tested = Net()
+    trainer(tmp_path, LoRA(rank=2, alpha=3)).test(tested, data(), ckpt_path=file, verbose=False)
+    assert digest(tested.state_dict()) == digest(expected)
+    loaded, peft = Net(), Net()
+    load_adapter(loaded, file)
+    save_peft(file, tmp_path / "peft")
+    load_peft(peft, tmp_path / "peft")
+    for model in (loaded, peft):
+        for key, value in merged_state_dict(model).items():
+            torch.testing.assert_close(value, expected[key])
 
 
 BAD = {

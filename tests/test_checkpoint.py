@@ -361,14 +361,14 @@ def test_a_hundred_times_saved_and_resumed_changes_no_bit_of_w0_or_the_adapters(
         torch.nn.init.normal_(adapter.B, generator=torch.Generator().manual_seed(1))
     before = digest(module.state_dict())
     for _ in range(100):
-        payload = write.describe(module, options, "merged", Fingerprints())
+        run = write.describe(module, options, "merged", Fingerprints())
         state = merged_state_dict(module)
         assert not torch.equal(state["0.weight"], dict(module.named_parameters())["0.weight"])
-        file = {"state_dict": {key: value.clone() for key, value in state.items()}, "lightning_lora": payload}
+        file = {"state_dict": {key: value.clone() for key, value in state.items()}, "lightning_lora": run.to_mapping()}
         module = pretrained()
         reading.prepare_for_loading(file, module, exact=True)
         module.load_state_dict(file["state_dict"])
-        reading.restore_adapters(module, payload)
+        reading.restore_adapters(module, run.adapters)
         assert digest(module.state_dict()) == before
 
 

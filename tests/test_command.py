@@ -38,11 +38,11 @@ def written(module, folder, name="run.ckpt", form="adapter"):
         for index, adapter in enumerate(adapters(module).values()):
             for p in adapter.trained.values():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
-    payload = write.describe(module, next(injections(module)).options, form, Fingerprints())
+    run = write.describe(module, next(injections(module)).options, form, Fingerprints())
     merged = {key: value.clone() for key, value in merged_state_dict(module).items()}
     state = dict(merged)
-    write.make_plain(state, payload, {})
-    torch.save({"state_dict": state, "lightning_lora": payload}, folder / name)
+    write.make_plain(state, run, {})
+    torch.save({"state_dict": state, "lightning_lora": run.to_mapping()}, folder / name)
     return merged
 
 
@@ -291,9 +291,9 @@ def test_a_run_goes_on_from_an_extracted_file(folder):
     payload = checkpoint["lightning_lora"]
     net = Net()
     inject(net, rank=2, alpha=2, target_modules=payload["options"]["target_modules"])
-    read.prepare_for_loading(checkpoint, net, exact=True)
+    run = read.prepare_for_loading(checkpoint, net, exact=True)
     net.load_state_dict(checkpoint["state_dict"], strict=False)
-    read.restore_adapters(net, payload)
+    read.restore_adapters(net, run.adapters)
     for key, value in merged_state_dict(net).items():
         torch.testing.assert_close(value, after[key])
 
@@ -311,9 +311,8 @@ def test_inspect_says_what_was_learned(folder, capsys):
     row = next(line for line in printed.splitlines() if line.startswith(f"{name} ") and " x " in line)
     values = torch.linalg.svdvals(adapter.delta_weight(torch.float64))
     shares = values[:4] / values.sum()
-    fingerprint = write.describe(module, next(injections(module)).options, "adapter", Fingerprints())["base"][
-        "layer.weight"
-    ]
+    run = write.describe(module, next(injections(module)).options, "adapter", Fingerprints())
+    fingerprint = run.base["layer.weight"]
     assert f"{values.norm():.4g}" in row
     assert f"{torch.exp(-(shares * shares.log()).sum()):.2f}" in row
     assert fingerprint.split(":")[2][:12] in row

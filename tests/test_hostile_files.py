@@ -67,10 +67,10 @@ def saved(kind):
             if adapter.resample:
                 adapter.steps = 5
                 adapter.drawn_at = 4
-    payload = write.describe(module, next(injections(module)).options, form, Fingerprints())
+    run = write.describe(module, next(injections(module)).options, form, Fingerprints())
     state = merged_state_dict(module)
-    write.make_plain(state, payload, {})
-    return {"state_dict": {key: value.clone() for key, value in state.items()}, "lightning_lora": payload}
+    write.make_plain(state, run, {})
+    return {"state_dict": {key: value.clone() for key, value in state.items()}, "lightning_lora": run.to_mapping()}
 
 
 FILES = {kind: saved(kind) for kind in KINDS}

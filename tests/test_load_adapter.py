@@ -332,9 +332,9 @@ def test_files_without_usable_adapters_say_why(run, tmp_path):
     for given, message in (
         (plain, "has no adapters"),
         (tmp_path / "cut", "truncated"),
-        (tmp_path / "text", "no file of tensors and primitives alone|no checkpoint"),
+        (tmp_path / "text", "cannot be read"),
         (tmp_path / "list", "holds a list"),
-        (tmp_path / "objects", "If you trust it"),
+        (tmp_path / "objects", "If you trust the file"),
         (run("drawn")[0], "drawn anew while training"),
         ({"state_dict": {}, "lightning_lora": {"version": 99}}, "Upgrade"),
     ):

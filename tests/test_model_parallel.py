@@ -11,11 +11,13 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning_utilities.core.imports import RequirementCache
-from model_parallel import ELSEWHERE, FREE, ROUNDED, RUNS, Net, Watch, fit, net, train
+from model_parallel import ELSEWHERE, FREE, PEFT, ROUNDED, RUNS, Net, Watch, fit, net, train
 from models import digest
+from safetensors.torch import load_file
 from test_checkpoint import printed_by_a_new_process
 from torch import nn
 
+from lightning_lora import save_peft
 from lightning_lora.adapters import Adapter
 from lightning_lora.hosts import adopt, release
 from lightning_lora.trainer.support import refuse_unsupported
@@ -122,6 +124,20 @@ print(plain.load_state_dict(state))
 
 def test_a_process_without_the_library_loads_the_file_strictly(folder):
     assert printed_by_a_new_process("-c", OUTSIDER, str(folder / "dora.ckpt")) == ["<All keys matched successfully>"]
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_the_files_for_peft_of_a_sharded_module_are_those_of_its_checkpoint(name, folder, tmp_path):
+    """They are written after an evaluation, which leaves the root's parameters gathered, in the policy's dtype."""
+    save_peft(folder / f"{name}.ckpt", tmp_path)
+    sharded = folder / f"peft {name}"
+    assert (sharded / "adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
+    tensors, expected = (load_file(path / "adapter_model.safetensors") for path in (sharded, tmp_path))
+    assert tensors.keys() == expected.keys()
+    assert any("head" in key for key in tensors)
+    for key, value in expected.items():
+        assert value.dtype == tensors[key].dtype
+        assert torch.equal(value, tensors[key]), key
 
 
 def test_merge_makes_the_sharded_module_plain_with_the_weights_of_the_file(folder, processes):

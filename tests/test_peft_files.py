@@ -578,7 +578,7 @@ def test_what_peft_cannot_express_is_an_error_that_says_what_to_do(kind, tmp_pat
 def test_what_has_no_adapters_is_named(tmp_path):
     with pytest.raises(LoRAError, match="After `fit` they are merged"):
         save_peft(nn.Linear(2, 2), tmp_path)
-    with pytest.raises(LoRAError, match="is no file"):
+    with pytest.raises(LoRAError, match="is a folder, without"):
         save_peft(tmp_path, tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
     with pytest.raises(LoRAError, match="not written by a run with LoRA"):
@@ -628,9 +628,9 @@ BAD = {
     "another start": (lambda f: edit(f, init_lora_weights="olora"), "path_initial_model_for_weight_conversion"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "has neither"),
     "no safetensors": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 64), "cannot be read"),
-    "code": (lambda f: pickled(f, {A0: Runs()}), "nothing else is read"),
-    "no dictionary": (lambda f: pickled(f, [torch.zeros(2)]), "holds no tensors by names"),
-    "no tensor": (lambda f: pickled(f, {A0: 1}), "no plain tensor"),
+    "code": (lambda f: pickled(f, {A0: Runs()}), "can run any code"),
+    "no dictionary": (lambda f: pickled(f, [torch.zeros(2)]), "no dictionary of weights"),
+    "no tensor": (lambda f: pickled(f, {A0: 1}), "nor a state dict"),
     "integers": (lambda f: rewrite(f, lambda t: t.update({A0: t[A0].int()})), "not computed with"),
     "half": (lambda f: rewrite(f, lambda t: t.pop(A0)), "it has 'lora_B', and a Linear"),
     "nothing": (lambda f: rewrite(f, dict.clear), "holds no adapters"),

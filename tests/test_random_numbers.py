@@ -3,6 +3,7 @@
 Each statistical assertion is wrong for truly random numbers with a probability below 1e-6; what is drawn is fixed.
 """
 
+import dataclasses
 import math
 import statistics
 import sys
@@ -14,7 +15,7 @@ from torch import nn
 from lightning_lora import adapters, attach, inject
 from lightning_lora.adapters import draws
 from lightning_lora.adapters.adapter import Adapter
-from lightning_lora.checkpoint.format import check_format
+from lightning_lora.checkpoint.format import SavedRun
 from lightning_lora.weights import counter
 from lightning_lora.weights.rounding import round_stochastically
 
@@ -207,11 +208,11 @@ def test_a_drawn_a_that_a_file_leaves_out_is_that_of_the_files_format(version):
     module = nn.Sequential(nn.Linear(6, 5))
     inject(module, rank=2, gradient="merged", resample_every_n_steps=2, resample="A")
     (adapter,) = adapters(module).values()
-    state = {**adapter.state(module[0].weight), "steps": 5, "drawn_at": 4, "B": torch.ones_like(adapter.B)}
-    assert "A" not in state
-    payload = {"version": version, "form": "merged", "adapters": {"0": state}, "trained": [], "base": {}}
-    check_format(payload)
-    adapter.load_tensors(adapter.resume(payload["adapters"]["0"]))
+    state = adapter.state(module[0].weight)
+    assert state.tensors.keys() == {"B"}
+    state = dataclasses.replace(state, steps=5, drawn_at=4, tensors={"B": torch.ones_like(adapter.B)})
+    payload = SavedRun("merged", {"0": state}, trained=[], base={}, version=version).to_mapping()
+    adapter.load_tensors(adapter.resume(SavedRun.from_mapping(payload).adapters["0"]))
     if version <= 2:
         generator = draws.generator("0/0", "4")
         expected = torch.zeros(2, 6).normal_(0, 2**-0.5, generator=generator)

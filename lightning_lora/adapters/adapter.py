@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -34,6 +35,43 @@ class Snapshot(NamedTuple):
     drawn_at: int
     weight: str
     """What tells the weight, where that holds the increment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterState:
+    """An adapter as checkpoints hold it; what its fields say is said of :class:`Adapter`."""
+
+    decomposition: str
+    tensors: dict[str, Tensor]
+    """B (r, m) or (k, r, m); A, unless it is drawn and not trained; further tensors of the decomposition."""
+    shape: list[int]
+    scale: float
+    transposed: bool
+    resample: str | None
+    key: str
+    steps: int
+    drawn_at: int
+    padding_idx: int | None = None
+
+    @property
+    def B(self) -> Tensor:
+        """Projection of the outputs."""
+        return self.tensors["B"]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows of A and B."""
+        return self.B.shape[-2]
+
+    def sides(self) -> tuple[list[int], int, int]:
+        """Return the sizes of the stack, [k] or [], and m and n of each matrix."""
+        depth = self.B.dim() - 2
+        rows, columns = self.shape[depth], math.prod(self.shape[depth + 1 :])
+        return (self.shape[:depth], columns, rows) if self.transposed else (self.shape[:depth], rows, columns)
+
+    def detached(self) -> AdapterState:
+        """Return it with tensors that no later step can change."""
+        return dataclasses.replace(self, tensors={name: t.detach().clone() for name, t in self.tensors.items()})
 
 
 class Adapter(nn.Module):
@@ -486,28 +524,28 @@ class Adapter(nn.Module):
         other._buffers = {name: None if b is None else tensors[name] for name, b in self._buffers.items()}
         return other
 
-    def state(self, weight: Tensor) -> dict[str, Any]:
-        """What a checkpoint needs to make this adapter again; tensors and primitives. ``weight`` is the module's."""
-        return {
-            "decomposition": self.decomposition,
-            **self.saved(),
-            "shape": list(self.shape),
-            "scale": self.scale,
-            "transposed": self.transposed,
-            "resample": self.resample,
-            "key": self.key,
-            "steps": self.steps,
-            "drawn_at": self.drawn_at,
-            **({} if self.padding_idx is None else {"padding_idx": self.padding_idx}),
-        }
+    def state(self, weight: Tensor) -> AdapterState:
+        """What a checkpoint needs to make this adapter again. ``weight`` is the module's."""
+        return AdapterState(
+            decomposition=self.decomposition,
+            tensors=self.saved(),
+            shape=list(self.shape),
+            scale=self.scale,
+            transposed=self.transposed,
+            resample=self.resample,
+            key=self.key,
+            steps=self.steps,
+            drawn_at=self.drawn_at,
+            padding_idx=self.padding_idx,
+        )
 
     @torch.no_grad()
-    def resume(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def resume(self, state: AdapterState) -> dict[str, Tensor]:
         """The tensors of ``state``, which was taken of an adapter like this; this one counts its steps from there."""
-        self.steps, self.drawn_at = state["steps"], state["drawn_at"]
+        self.steps, self.drawn_at = state.steps, state.drawn_at
         if self.resample == "A":
             self.draw()
-        tensors = {name: state.get(name, tensor) for name, tensor in self.state_dict().items()}
+        tensors = {name: state.tensors.get(name, tensor) for name, tensor in self.state_dict().items()}
         if self.resample == "A":
             self._clear_padding(tensors["A"])  # in a file it is all drawn
         return tensors
@@ -545,19 +583,18 @@ class Adapter(nn.Module):
         self.set_followed()
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Adapter:
+    def from_state(cls, state: AdapterState) -> Adapter:
         """The adapter that ``state`` was taken of, to fold it into a weight or out."""
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        kind, B, shape = DECOMPOSITIONS[state["decomposition"]], tensors.pop("B"), state["shape"]
-        drawn = "A" not in tensors
-        n = shape[B.dim() - 2] if state["transposed"] else math.prod(shape[B.dim() - 1 :])
+        tensors, drawn = dict(state.tensors), "A" not in state.tensors
+        kind, B = DECOMPOSITIONS[state.decomposition], tensors.pop("B")
+        _, _, n = state.sides()
         A = B.new_zeros(*B.shape[:-1], n) if drawn else tensors.pop("A")
-        adapter = kind(A, B, shape, state["scale"], 0.0, state["transposed"], key=state["key"])
-        adapter.padding_idx = state.get("padding_idx")
+        adapter = kind(A, B, state.shape, state.scale, 0.0, state.transposed, key=state.key)
+        adapter.padding_idx = state.padding_idx
         for name, value in tensors.items():
             adapter.register_parameter(name, nn.Parameter(value, requires_grad=False))
         if drawn:
-            adapter.resample, adapter.drawn_at = state["resample"], state["drawn_at"]
+            adapter.resample, adapter.drawn_at = state.resample, state.drawn_at
             adapter.draw_A()
         return adapter
 

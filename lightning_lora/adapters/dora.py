@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters.adapter import Adapter, _bound
+from lightning_lora.adapters.adapter import Adapter, AdapterState, _bound
 from lightning_lora.gradients.transforms import is_transformed
 from lightning_lora.weights.full_precision import full_precision
 
@@ -115,6 +116,8 @@ class DoRA(Adapter, decomposition="dora"):
         return {**state, "held_gain": torch.ones_like(self.held_gain)} if self.holds else state
 
     @full_precision()
-    def state(self, weight: Tensor) -> dict[str, Any]:
+    def state(self, weight: Tensor) -> AdapterState:
         state = super().state(weight)
-        return state if self.holds else {**state, "held_gain": self.gain(weight).detach()}
+        if self.holds:
+            return state
+        return dataclasses.replace(state, tensors={**state.tensors, "held_gain": self.gain(weight).detach()})

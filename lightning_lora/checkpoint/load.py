@@ -7,36 +7,25 @@ and copies only what was trained in full, such as a head. So any number of adapt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import os
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.checkpoint.format import KEY, NOTICE, State, check_format, check_weights, damage, weight_key
-from lightning_lora.checkpoint.read import cast_to_match, tensors_of
+from lightning_lora.checkpoint.files import File, read
+from lightning_lora.checkpoint.format import SavedRun, weight_key
+from lightning_lora.checkpoint.read import base_of, tensors_of
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts import Host, release
-from lightning_lora.injection.inject import (
-    LOADED,
-    Injection,
-    adapters,
-    carry,
-    kept,
-    set_flags,
-    unnested,
-)
+from lightning_lora.injection.inject import LOADED, Injection, adapters, carry, kept, set_flags, unnested
 from lightning_lora.injection.options import Options
 from lightning_lora.naming import plain_name, unwrapped
 from lightning_lora.weights import sharded
 from lightning_lora.weights.quantized import storages
 
-File = str | os.PathLike[str] | Mapping[str, Any]
 CLOSE = 0.01
 """How far, as a share of what was learned, W0 + increment may be from the merged weight in a file."""
 
@@ -59,7 +48,7 @@ class Loaded:
     active: str | None = None
     before: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """The module's own tensors, while others of the active adapter stand in their places."""
-    injection: Injection = dataclasses.field(default_factory=lambda: _flags([], []))
+    injection: Injection = dataclasses.field(default_factory=lambda: Injection(Options()))
     """What is changed in the module besides its classes."""
 
 
@@ -82,9 +71,9 @@ def load_adapter(module: nn.Module, file: File, name: str = "default") -> list[s
         The names of what is adapted, as by :func:`~lightning_lora.adapters`.
 
     Raises:
-        LoRAError: If the file has no adapters or is damaged, if they are not for the weights that ``module`` holds, if
-            ``name`` is taken, or ``module`` is being trained or sharded. In each case it is as it was.
-        ValueError: If the adapters in the file are malformed.
+        LoRAError: If the file has no adapters, or they are damaged or malformed; if they are not for the weights that
+            ``module`` holds, if ``name`` is taken, or ``module`` is being trained or sharded. In each case it is as it
+            was.
 
     Example::
 
@@ -101,16 +90,15 @@ def load_adapter(module: nn.Module, file: File, name: str = "default") -> list[s
         raise LoRAError(f"The module has an adapter called {name!r}. Give this one another `name`.")
     if sharded.is_sharded(module):
         raise LoRAError("The module is sharded. Load adapters before `fully_shard`, or `merge` them into the weights.")
-    checkpoint = read_checkpoint(file)
-    payload, state = payload_of(checkpoint), plain_state(checkpoint)
-    active = loaded.active
+    found = read(file)
+    run, active = found.run(), loaded.active
     set_adapter(module, None)
     try:
-        new, merged_weights = _resolve(module, payload, state)
+        new, merged = _resolve(module, run, found.plain_weights())
     except BaseException:
         set_adapter(module, active)
         raise
-    _recover(module, new, merged_weights)
+    _recover(module, new, merged)
     vars(module)[LOADED] = loaded
     loaded.named[name] = new
     set_adapter(module, name)
@@ -134,27 +122,27 @@ def set_adapter(module: nn.Module, name: str | None) -> None:
     loaded = _loaded(module)
     if name is not None:
         _check_names(loaded, [name])
-    tensors = {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
+    tensors = _tensors(module)
     for key, value in loaded.before.items():
         tensors[key].copy_(value)
     for child in list(module.modules()):
         if isinstance(child, Host):
             release(child)
     set_flags(module, loaded.injection, adapted=False)
-    loaded.active, loaded.before, loaded.injection = name, {}, _flags([], [])
+    loaded.active, loaded.before, loaded.injection = name, {}, Injection(Options())
     if name is None:
         return
     chosen = loaded.named[name]
-    weights = dict(_parameters(module))
-    by_weight = {weights[key]: adapter for key, adapter in chosen.adapters.items()}
-    for weight, adapter in by_weight.items():
-        adapter.to(weight.device)
-    for host, names in _places(module, by_weight).items():
-        carry(host, {parameter: by_weight[weight] for parameter, weight in names.items()}, "factored")
+    weights = _parameters(module)
+    by_weight = {weights[key]: adapter.to(weights[key].device) for key, adapter in chosen.adapters.items()}
+    for child in list(module.modules()):
+        own = {name: by_weight[p] for name, p in child._parameters.items() if p is not None and p in by_weight}
+        if own:
+            carry(child, own, "factored")
     loaded.before = {key: tensors[key].clone() for key in chosen.others}
     for key, value in chosen.others.items():
         tensors[key].copy_(value)
-    loaded.injection = _flags(unnested(module), kept(module))
+    loaded.injection = Injection(Options(), unnested=unnested(module), kept=kept(module))
     set_flags(module, loaded.injection, adapted=True)
 
 
@@ -187,19 +175,19 @@ def combine_adapters(module: nn.Module, weights: Mapping[str, float], into: str)
     if not isinstance(into, str) or not into or into in loaded.named:
         raise LoRAError(f"`into` is a name that no adapter of the module has, got {into!r}.")
     parts = [(weight, loaded.named[name]) for name, weight in weights.items()]
-    for name in weights:
-        if bad := [key for key, adapter in loaded.named[name].adapters.items() if adapter.rescales]:
+    for name, (_, part) in zip(weights, parts, strict=True):
+        if bad := [key for key, adapter in part.adapters.items() if adapter.rescales]:
             raise LoRAError(
-                f"{name!r} rescales {listed(bad)} ({loaded.named[name].adapters[bad[0]].decomposition}), so its sum"
-                " with others is no low-rank increment. Only products can be combined."
+                f"{name!r} rescales {listed(bad)} ({part.adapters[bad[0]].decomposition}), so its sum with others is no"
+                " low-rank increment. Only products can be combined."
             )
-        if bad := sorted(loaded.named[name].others.keys() - dict(_parameters(module)).keys()):
+        if bad := sorted(part.others.keys() - _parameters(module).keys()):
             raise LoRAError(f"{name!r} has other buffers than the module, {listed(bad)}, of which there is no sum.")
     keys = list(dict.fromkeys(key for _, part in parts for key in part.adapters))
     summed = {key: _sum([(w, part.adapters[key]) for w, part in parts if key in part.adapters]) for key in keys}
     active = loaded.active
     set_adapter(module, None)
-    base = {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
+    base = _tensors(module)
     others: dict[str, Tensor] = {}
     for weight, part in parts:
         for key, value in part.others.items():
@@ -215,112 +203,52 @@ def combine_adapters(module: nn.Module, weights: Mapping[str, float], into: str)
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def read_checkpoint(file: File) -> Mapping[str, Any]:
-    """Return the dictionary in ``file``, read on the CPU as tensors and primitives only; or ``file``, if it is one.
-
-    Raises:
-        LoRAError: If the file is damaged, or holds other objects.
-    """
-    if isinstance(file, Mapping):
-        return file
-    path = os.fspath(file)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise LoRAError(
-            f"{path!r} is {damage(path) or 'no file of tensors and primitives alone'}. If you trust it, give"
-            " `torch.load(file, map_location='cpu', weights_only=False)` instead of its path."
-        ) from error
-    except Exception as error:  # whatever is raised for files that make no sense
-        raise LoRAError(f"{path!r} is {damage(path) or 'no checkpoint'}: {error}") from error
-    if not isinstance(checkpoint, Mapping):
-        raise LoRAError(f"{path!r} holds a {type(checkpoint).__name__}, no checkpoint.")
-    return checkpoint
-
-
-def payload_of(checkpoint: Mapping[str, Any]) -> State:
-    """Return what ``checkpoint`` says of adapters, checked; of the average, where its ``state_dict`` is one.
-
-    Raises:
-        LoRAError: If it has none.
-        ValueError: If they are malformed.
-    """
-    payload: Any = checkpoint.get(KEY)
-    if payload is None:
-        raise LoRAError(
-            f"The file has no entry {KEY!r}, so it was not written by a run with the LoRA callback and has no adapters."
-        )
-    if isinstance(payload, Mapping) and "average" in payload:
-        payload = {**payload, "adapters": payload["average"]}
-    check_format(payload)
-    return payload
-
-
-def plain_state(checkpoint: Mapping[str, Any]) -> State:
-    """Return the tensors in the ``state_dict`` of ``checkpoint``, named as in a module that is not compiled."""
-    state = checkpoint.get("state_dict")
-    state = state if isinstance(state, Mapping) else {}
-    return {plain_name(key): t for key, t in state.items() if isinstance(t, Tensor) and key != NOTICE}
-
-
-def _resolve(module: nn.Module, payload: State, state: State) -> tuple[NamedAdapter, dict[str, Tensor]]:
-    """Return what the file makes of ``module``, and its merged weights where ``module`` holds these.
+def _resolve(module: nn.Module, run: SavedRun, state: Mapping[str, Tensor]) -> tuple[NamedAdapter, list[str]]:
+    """Return what the file makes of ``module``, and which of the file's merged weights ``module`` holds.
 
     Nothing is changed.
     """
-    current = {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
+    current, parameters = _tensors(module), _parameters(module)
     stored = {plain_name(key): storage for key, storage in storages(module).items()}
-    base = {plain_name(key): expected for key, expected in payload["base"].items()}
-    check_weights(payload, state, current, stored)
-    parameters = dict(_parameters(module))
-    first = {parameter: key for key, parameter in reversed(list(parameters.items()))}
+    base = {plain_name(key): expected for key, expected in run.base.items()}
+    run.check_weights(state, current, stored)
+    first = {parameter: key for key, parameter in reversed(parameters.items())}
     found: dict[str, Adapter] = {}
-    merged_weights: dict[str, Tensor] = {}
+    merged: list[str] = []
     strange: list[str] = []
-    for name, entry in payload["adapters"].items():
+    for name, saved in run.adapters.items():
         key = weight_key(name, parameters)
         if key not in parameters:
             raise LoRAError(f"The file has an adapter for {name!r}, and {type(module).__name__} has no such weight.")
-        if entry["resample"] is not None:
+        if saved.resample is not None:
             raise LoRAError(
                 f"The projections of {name!r} were drawn anew while training, and what was learned before the last"
                 " draw is in the merged weights alone. Load the file as a plain checkpoint."
             )
-        weight = parameters[key]
+        weight, W = parameters[key], state.get(key)
         if first[weight] in found:
             raise LoRAError(f"The file has two adapters for {name!r}, whose weight stands in two places.")
-        adapter = Adapter.from_state({k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()})
-        adapter.requires_grad_(False)
-        found[first[weight]] = adapter
-        expected, W = base.get(key, ""), state.get(key)
-        if key in stored:
-            if not stored[key].has(expected):
-                strange.append(key)
-        elif cast_to_match(weight.detach(), expected) is None:
-            if W is not None and _is_same(W, weight):
-                merged_weights[first[weight]] = W
-            elif W is None or not _is_base(adapter, weight, W):
-                strange.append(key)
+        found[first[weight]] = adapter = Adapter.from_state(saved.detached()).requires_grad_(False)
+        if base_of(weight.detach(), base.get(key, ""), stored.get(key)) is not None:
+            continue
+        if key not in stored and W is not None and _is_same(W, weight):
+            merged.append(first[weight])
+        elif key in stored or W is None or not _is_base(adapter, weight, W):
+            strange.append(key)
     adapted = {parameters[key] for key in found}
-    for key, expected in base.items():
-        if parameters.get(key) not in adapted:
-            matches = (
-                stored[key].has(expected) if key in stored else cast_to_match(current.get(key), expected) is not None
-            )
-            strange += [] if matches else [key]
+    others = [key for key in base if parameters.get(key) not in adapted]
+    strange += [key for key in others if base_of(current.get(key), base[key], stored.get(key)) is None]
     if strange:
         how = "the weights that it was trained on"
-        if payload["form"] == "merged":
+        if run.form == "merged":
             how += ", or the file's own, by `load_state_dict` of its `state_dict`"
         raise LoRAError(f"{listed(strange)} of this module are not what the adapter stands on. Load {how}, first.")
-    others = {k: v for k, v in state.items() if k not in stored and parameters.get(k) not in adapted}
-    for key, value in others.items():
+    besides = {k: v for k, v in state.items() if k not in stored and parameters.get(k) not in adapted}
+    for key, value in besides.items():
         if key not in current or current[key].shape != value.shape:
             here = "has none" if key not in current else f"has the shape {tuple(current[key].shape)} there"
             raise LoRAError(f"The file has {key!r} of the shape {tuple(value.shape)}, and the module {here}.")
-    return NamedAdapter(found, {k: v.clone() for k, v in others.items() if not _is_same(v, current[k])}), merged_weights
+    return NamedAdapter(found, {k: v.clone() for k, v in besides.items() if not _is_same(v, current[k])}), merged
 
 
 def _is_same(value: Tensor, weight: Tensor) -> bool:
@@ -337,10 +265,10 @@ def _is_base(adapter: Adapter, weight: Tensor, W: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _recover(module: nn.Module, new: NamedAdapter, merged_weights: Mapping[str, Tensor]) -> None:
+def _recover(module: nn.Module, new: NamedAdapter, merged: list[str]) -> None:
     """Take the increments out of the merged weights that ``module`` holds."""
-    parameters, bound = dict(_parameters(module)), 0.0
-    for key in merged_weights:
+    parameters, bound = _parameters(module), 0.0
+    for key in merged:
         base, error = new.adapters[key].to(parameters[key].device).folded_out_of(parameters[key])
         parameters[key].copy_(base)
         bound = max(bound, 1.05 * error)
@@ -375,43 +303,19 @@ def _check_names(loaded: Loaded, names: Iterable[str]) -> None:
         raise LoRAError(f"The module has no adapter called {unknown[0]!r}; it has {listed(loaded.named)}.")
 
 
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(plain_name(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
 
 
-def _places(module: nn.Module, weights: Mapping[Any, Any]) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """Return each module in which ``weights`` stand, with the names that they have there."""
-    found: dict[nn.Module, dict[str, nn.Parameter]] = {}
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None and parameter in weights:
-                found.setdefault(child, {})[name] = parameter
-    return found
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
 
 
 def _sum(parts: list[tuple[float, Adapter]]) -> Adapter:
     """Return the product that is the weighted sum of ``parts``, of one weight."""
-    increments = [adapter.increment() for _, adapter in parts]
-    dtype = torch.float32
-    for A, _ in increments:
-        dtype = torch.promote_types(dtype, A.dtype)
-    device, like = increments[0][0].device, parts[0][1]
-    A = torch.cat([A.to(device, dtype) for A, _ in increments], -2)
-    scaled = zip(parts, increments, strict=True)
-    B = torch.cat([weight * adapter.scale * B.to(device, dtype) for (weight, adapter), (_, B) in scaled], -2)
-    adapter = Adapter(A, B, like.shape, transposed=like.transposed)
-    return adapter.requires_grad_(False)
-
-
-def _flags(unnested: list[str], kept: list[str]) -> Injection:
-    return Injection(
-        options=Options(),
-        adapted=[],
-        trained=[],
-        frozen=[],
-        thawed=[],
-        unnested=unnested,
-        kept=kept,
-        left_out=[],
-        asked={},
-    )
+    increments = [(weight * adapter.scale, *adapter.increment()) for weight, adapter in parts]
+    dtype = functools.reduce(torch.promote_types, (A.dtype for _, A, _ in increments), torch.float32)
+    like = parts[0][1]
+    A = torch.cat([A.to(like.A.device, dtype) for _, A, _ in increments], -2)
+    B = torch.cat([factor * B.to(like.A.device, dtype) for factor, _, B in increments], -2)
+    return Adapter(A, B, like.shape, transposed=like.transposed).requires_grad_(False)

@@ -6,6 +6,7 @@ Adapters, weights and their fingerprints come from the module. The dictionary is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import Adapter, AdapterState
 from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
-from lightning_lora.checkpoint.format import NOTICE, VERSION, State, weight_key
+from lightning_lora.checkpoint.format import NOTICE, SavedRun, State, weight_key
 from lightning_lora.hosts import layer_of
 from lightning_lora.injection.inject import places, trained_besides
 from lightning_lora.injection.options import Options
@@ -26,8 +27,8 @@ from lightning_lora.weights.quantized import Storage, storages, without_extras
 
 def describe(
     module: nn.Module, options: Options, form: str, fingerprints: Fingerprints, idle: frozenset[str] = frozenset()
-) -> State:
-    """Return what ``checkpoint["lightning_lora"]`` holds for ``module``, which has adapters.
+) -> SavedRun:
+    """Return what ``checkpoint["lightning_lora"]`` says of ``module``, which has adapters.
 
     Where the module is sharded, all ranks call this together: A, B and, one after another, frozen weights are gathered.
 
@@ -38,14 +39,14 @@ def describe(
         fingerprints: Those of the run, so that each weight is read once.
         idle: Names of adapters that no optimizer trains, and that are left out.
     """
-    adapters: State = {}
+    adapters: dict[str, AdapterState] = {}
     base: dict[str, str] = {}
     stored = storages(module)
     for place in places(module):
         if place.name not in idle:
             # to gather the weight costs, and only a decomposition with a gain reads it
             weight = sharded.whole(place.weight) if place.adapter.rescales else place.weight
-            adapters[place.name] = detached(place.adapter.whole().state(weight))
+            adapters[place.name] = place.adapter.whole().state(weight).detached()
         if not place.adapter.holds and place.key not in stored:
             shard = sharded.part(place.weight)
             full = None if shard is None else (lambda weight=place.weight: sharded.whole(weight))
@@ -57,37 +58,31 @@ def describe(
         others = {state_key(name): p for name, p in named if p not in factors and not is_lazy(p)}
         base |= {key: fingerprints.of(key, p) for key, p in others.items() if key not in {*trained, *base, *stored}}
     base |= {key: fingerprints.of(key, layer.weight, stored=layer) for key, layer in stored.items()}
-    return {
-        "version": VERSION,
-        "form": form,
-        "options": options.to_primitives(),
-        "adapters": adapters,
-        "trained": trained,
-        "idle": sorted(idle),
-        "base": base,
-        "layers": {place.name: layer_of(place.host, place.key.rpartition(".")[2]) for place in places(module)},
-    }
+    return SavedRun(
+        form=form,
+        options=options.to_primitives(),
+        adapters=adapters,
+        trained=trained,
+        idle=sorted(idle),
+        base=base,
+        layers={place.name: layer_of(place.host, place.key.rpartition(".")[2]) for place in places(module)},
+    )
 
 
-def detached(entry: State) -> State:
-    """Return ``entry`` with tensors that no later step can change: a writer may work in the background."""
-    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
-
-
-def make_plain(state: State, payload: State, stored: Mapping[str, Storage], module: nn.Module | None = None) -> None:
+def make_plain(state: State, run: SavedRun, stored: Mapping[str, Storage], module: nn.Module | None = None) -> None:
     """Turn ``state``, that of a module whose ``state_dict()`` is merged, into what is written to the file.
 
     Quantised weights become plain, with their increments; in the form ``"adapter"``, what is frozen is left out.
 
     Args:
         state: Changed in place.
-        payload: What :func:`describe` returned.
+        run: What :func:`describe` returned.
         stored: The quantised weights of the module that ``state`` was taken of.
         module: That module while it has adapters; None where it is plain and merged.
     """
     without_extras(state, stored)
-    if payload["form"] == "adapter":
-        for key in payload["base"]:
+    if run.form == "adapter":
+        for key in run.base:
             state.pop(key, None)
         state[NOTICE] = torch.empty(0)
         return
@@ -98,14 +93,14 @@ def make_plain(state: State, payload: State, stored: Mapping[str, Storage], modu
         state[key] = merged.to(stored[key].dtype)
 
 
-def missing_weights(state: Mapping[str, Any], payload: State) -> list[str]:
+def missing_weights(state: Mapping[str, Any], run: SavedRun) -> list[str]:
     """Return what is not in ``state`` and should be: adapters' names, for their weights, and keys that were trained."""
-    adapted = payload["adapters"] if payload["form"] == "merged" else ()
+    adapted = run.adapters if run.form == "merged" else ()
     absent = [name for name in adapted if weight_key(name, state) not in state]
-    return absent + [key for key in payload["trained"] if key not in state]
+    return absent + [key for key in run.trained if key not in state]
 
 
-def merged_shards(state: State, module: nn.Module, payload: State) -> State:
+def merged_shards(state: State, module: nn.Module, run: SavedRun) -> State:
     """Return the merged state dict of a sharded module, of which each rank holds the shards that it writes.
 
     All ranks call this together. One weight after another is gathered.
@@ -113,37 +108,38 @@ def merged_shards(state: State, module: nn.Module, payload: State) -> State:
     Args:
         state: That of the adapted ``module``, in shards, with its adapters. It is left as it is.
         module: The adapted module.
-        payload: What :func:`describe` returned.
+        run: What :func:`describe` returned.
     """
     whole = sharded.Whole(state)
     for place in places(module):
         for name in place.adapter.state_dict():
             whole.parts.pop(f"{place.factors}{name}", None)
-    fold(whole, payload)
+    fold(whole, run)
     return whole.parts
 
 
-def fold(state: MutableMapping[str, Any], payload: State) -> None:
-    """Fold the increments of ``payload`` into the weights W0 in ``state``, once for weights that share storage."""
+def fold(state: MutableMapping[str, Any], run: SavedRun) -> None:
+    """Fold the increments of ``run`` into the weights W0 in ``state``, once for weights that share storage."""
     folded: dict[int, Tensor] = {}
-    for name, entry in payload["adapters"].items():
-        if (key := weight_key(name, state)) in payload["base"] and key in state:  # a full one is on rank 0 alone
+    for key, adapter in run.by_key(state).items():
+        if key in run.base and key in state:  # a full one is on rank 0 alone
             weight = state[key]
             if isinstance(state, sharded.Whole):  # what it gives has no place of its own
                 folded.clear()
             if weight.data_ptr() not in folded:
-                folded[weight.data_ptr()] = Adapter.from_state(entry).folded_into(weight)
+                folded[weight.data_ptr()] = Adapter.from_state(adapter).folded_into(weight)
             state[key] = folded[weight.data_ptr()]
 
 
-def with_new_bases(payload: State, weights: Mapping[str, Tensor]) -> State:
-    """Return ``payload`` for ``weights`` (name of the adapter -> weight) that became new W0, with no increment."""
-    adapters, base = dict(payload["adapters"]), dict(payload["base"])
+def with_new_bases(run: SavedRun, weights: Mapping[str, Tensor]) -> SavedRun:
+    """Return ``run`` for ``weights`` (name of the adapter -> weight) that became new W0, with no increment."""
+    adapters, base = dict(run.adapters), dict(run.base)
     for name, weight in weights.items():
-        adapter = Adapter.from_state(adapters[name])
-        zeroed = {k: v for k, v in adapter.without_increment(weight).items() if k in adapters[name]}
-        adapters[name] = {**adapters[name], **zeroed}
+        state = adapters[name]
+        zeroed = Adapter.from_state(state).without_increment(weight)
+        tensors = {what: zeroed.get(what, tensor) for what, tensor in state.tensors.items()}
+        adapters[name] = dataclasses.replace(state, tensors=tensors)
         key = weight_key(name, base)
         if key in base:
             base[key] = fingerprint(weight)
-    return {**payload, "adapters": adapters, "base": base}
+    return dataclasses.replace(run, adapters=adapters, base=base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_lora.cli.files import give_memory_back
@@ -60,13 +60,7 @@ def _parse(args: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """jsonargparse's, with examples as they stand."""
 
-    functions: dict[str, Callable[..., Any]] = {
-        "merge": commands.merge,
-        "extract": commands.extract,
-        "inspect": commands.inspect,
-        "export-peft": commands.export_peft,
-        "diff": commands.diff,
-    }
+    functions = {name: getattr(commands, name.replace("-", "_")) for name in EXAMPLES}
     lines = "\n".join(f"  lightning-lora {each[0]}" for each in EXAMPLES.values())
     parser = ArgumentParser(
         prog="lightning-lora",

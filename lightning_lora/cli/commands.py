@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from torch import Tensor
 
-from lightning_lora.adapters import Adapter, draws, initial
+from lightning_lora.adapters import Adapter, AdapterState, draws, initial
 from lightning_lora.adapters.spectrum import core, effective_rank, rank_holding, singular_values
+from lightning_lora.checkpoint.files import WeightFile, read
 from lightning_lora.checkpoint.fingerprints import fingerprint
-from lightning_lora.checkpoint.format import KEY, NUMBERS, VERSION, State, check_format, check_weights, weight_key
-from lightning_lora.checkpoint.read import cast_as, cast_to_match
-from lightning_lora.cli.files import Planned, WeightFile, read, release, shape_and_dtype, write
+from lightning_lora.checkpoint.format import KEY, NUMBERS, SavedRun, cast_as, weight_key
+from lightning_lora.checkpoint.read import base_of
+from lightning_lora.cli.files import Planned, release, write
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.options import Options
 from lightning_lora.naming import plain_name
@@ -52,9 +53,9 @@ def merge(base: str, adapter: str, out: str, root: str = "", force: bool = False
         force: Take BASE though it is not what ADAPTER was trained on.
     """
     weights, learned = read(base), read(adapter)
-    payload = learned.adapters()
+    run = learned.run()
     prefix, lightning = f"{root}." if root else "", out.endswith(".ckpt")
-    planned = _merged(weights, learned, payload, prefix, force, ties=not out.endswith((".safetensors", ".json")))
+    planned = _merged(weights, learned, run, prefix, force, ties=not out.endswith((".safetensors", ".json")))
     if not lightning:  # the names that BASE has
         inside = [each for each in planned if each.key.startswith(prefix)]
         if len(inside) < len(planned):
@@ -64,20 +65,19 @@ def merge(base: str, adapter: str, out: str, root: str = "", force: bool = False
     extras = weights.extras if root and not lightning else learned.extras
     with _progress("merging", planned) as shown:
         files = write(out, shown, around, extras, weights.shards)
-    count = len(payload["adapters"])
-    _say(f"{files[-1]}: {len(planned)} weights, with the increments of {count} adapters, {_on_disk(files)}")
+    _say(f"{files[-1]}: {len(planned)} weights, with the increments of {len(run.adapters)} adapters, {_on_disk(files)}")
     return 0
 
 
 def _merged(
-    weights: WeightFile, learned: WeightFile, payload: State, prefix: str, force: bool, ties: bool
+    weights: WeightFile, learned: WeightFile, run: SavedRun, prefix: str, force: bool, ties: bool
 ) -> list[Planned]:
     """Plan the weights of the merged module, by its own names; those that BASE leaves out as tied only if ``ties``."""
-    known: dict[str, str] = payload["base"]
+    known = run.base
     spelled = {plain_name(key): key for key in (*known, *learned.weights)}
     held = {spelled.get(prefix + plain_name(key), prefix + key): value for key, value in weights.weights.items()}
-    check_weights(payload, learned.weights, held, {})
-    entries = {weight_key(name, known): entry for name, entry in payload["adapters"].items()}
+    run.check_weights(learned.weights, held, {})
+    adapters = run.by_key(known)
     twins = {known[key]: key for key in held if key in known}
     planned, absent = [], []
     for key in dict.fromkeys((*held, *known, *learned.weights)):
@@ -89,7 +89,7 @@ def _merged(
                 continue
             source = held[twins[known[key]]]
         if key in known and source is not None:
-            planned.append(_folded(key, source, known[key], entries.get(key), weights, force))
+            planned.append(_folded(key, source, known[key], adapters.get(key), weights.path, force))
         else:
             planned.append(Planned.of(key, learned.weights[key] if key in learned.weights else held[key]))
     if absent:
@@ -98,18 +98,18 @@ def _merged(
     return planned
 
 
-def _folded(key: str, weight: Tensor, expected: str, entry: State | None, source: WeightFile, force: bool) -> Planned:
-    """Plan ``weight`` of BASE, in the dtype that the run had, with the increment of ``entry``."""
+def _folded(key: str, weight: Tensor, expected: str, state: AdapterState | None, path: Any, force: bool) -> Planned:
+    """Plan ``weight`` of BASE, in the dtype that the run had, with the increment of ``state``."""
 
     def make() -> Tensor:
-        cast = cast_as(weight, expected) if force else cast_to_match(weight, expected)
-        if not force and cast is None:
+        start = cast_as(weight, expected) if force else base_of(weight, expected)
+        if start is None and not force:
             raise LoRAError(
-                f"{key!r} in {source.path} is not the weight that the adapters were trained on. Give the same"
+                f"{key!r} in {path} is not the weight that the adapters were trained on. Give the same"
                 " pretrained weights, or --force to add the increments to these."
             )
-        start = weight if cast is None else cast
-        return start if entry is None else Adapter.from_state(entry).folded_into(start)
+        start = weight if start is None else start
+        return start if state is None else Adapter.from_state(state).folded_into(start)
 
     like = cast_as(torch.empty_like(weight, device="meta"), expected)
     return Planned(key, weight.shape, weight.dtype if like is None else like.dtype, make, weight)
@@ -139,7 +139,7 @@ def extract(finetuned: str, base: str, out: str, rank: int = 8, root: str = "") 
     if not before.keys() & tuned.weights.keys():
         raise LoRAError("No weight of FINETUNED is called as one of BASE; if one is a part of the other, give --root.")
     known: dict[str, str] = {}
-    entries: State = {}
+    adapters: dict[str, AdapterState] = {}
     whole: list[Planned] = []
     missed: dict[str, Tensor] = {}
     with _progress("extracting", [Planned.of(key, value) for key, value in tuned.weights.items()]) as shown:
@@ -155,24 +155,18 @@ def extract(finetuned: str, base: str, out: str, rank: int = 8, root: str = "") 
                 whole.append(Planned.of(key, after))
             else:
                 known[key] = fingerprint(start)
-                entries[key.removesuffix(".weight")], missed[key] = _truncated(key, after, start, rank)
+                adapters[key.removesuffix(".weight")], missed[key] = _truncated(key, after, start, rank)
             if key in before:
                 release(before[key])
-    names = list(entries)
-    payload = {
-        "version": VERSION,
-        "form": "adapter",
-        "options": Options(rank=rank, alpha=rank, target_modules=names or "all").to_primitives(),
-        "adapters": entries,
-        "trained": [
-            each.key for each in whole if each.dtype in NUMBERS and each.key.rpartition(".")[2] not in STATISTICS
-        ],
-        "idle": [],
-        "base": known,
-    }
-    check_format(payload)
+    run = SavedRun(
+        form="adapter",
+        options=Options(rank=rank, alpha=rank, target_modules=list(adapters) or "all").to_primitives(),
+        adapters=adapters,
+        trained=[e.key for e in whole if e.dtype in NUMBERS and e.key.rpartition(".")[2] not in STATISTICS],
+        base=known,
+    )
     around = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": importlib.metadata.version("lightning")}
-    around |= {key: value for key, value in tuned.rest.items() if key not in TRAINING} | {KEY: payload}
+    around |= {key: value for key, value in tuned.rest.items() if key not in TRAINING} | {KEY: run.to_mapping()}
     files = write(out, whole, around, tuned.extras, {})
     if missed:
         ranks = [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
@@ -183,7 +177,7 @@ def extract(finetuned: str, base: str, out: str, rank: int = 8, root: str = "") 
         _console().print(table)
     if left := [key for key in before if key not in tuned.weights]:
         _say(f"{left[0]!r} and {len(left) - 1} more of BASE are not in FINETUNED, and stay as they are")
-    _say(f"{files[-1]}: {len(entries)} adapters, {len(whole)} weights kept whole, {_on_disk(files)}")
+    _say(f"{files[-1]}: {len(adapters)} adapters, {len(whole)} weights kept whole, {_on_disk(files)}")
     return 0
 
 
@@ -192,7 +186,7 @@ def _is_smaller(weight: Tensor, rank: int) -> bool:
     return rank * (m + n) < m * n
 
 
-def _truncated(key: str, after: Tensor, start: Tensor, rank: int) -> tuple[State, Tensor]:
+def _truncated(key: str, after: Tensor, start: Tensor, rank: int) -> tuple[AdapterState, Tensor]:
     """Return the state of the adapter, and the squares that ranks 0 to ``rank`` miss of the difference, (rank + 1,)."""
     dtype = torch.promote_types(after.dtype, torch.float32)
     difference = after.to(dtype).sub_(start) if after.dtype != dtype else after - start
@@ -206,8 +200,7 @@ def _truncated(key: str, after: Tensor, start: Tensor, rank: int) -> tuple[State
     (values,) = singular_values([core(adapter, torch.float64)])
     missed = torch.linalg.vector_norm(difference.sub_(adapter.delta_weight(dtype)), dtype=torch.float64).square()
     squares = missed + torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)])
-    entry = adapter.state(start)
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in entry.items()}, squares
+    return adapter.state(start), squares
 
 
 def _sum(rows: Iterable[Tensor]) -> Tensor:
@@ -235,10 +228,10 @@ def inspect(file: str, weights: bool = False) -> int:
     count = sum(value.numel() for value in found.weights.values())
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in found.weights.values()})
     held = [f"{key} {found.rest[key]}" for key in ("epoch", "global_step") if isinstance(found.rest.get(key), int)]
-    _say(", ".join([f"{found.path}: {found.kind}", _size(found.size), *held]))
+    _say(", ".join([f"{found.path}: {found.kind}", _size(found.size or 0), *held]))
     _say(f"{len(found.weights)} weights of {count:,} numbers, {', '.join(dtypes) or 'none'}")
     if KEY in found.rest:
-        _print_adapters(found)
+        _print_adapters(found.run())
     if weights:
         table = _table("weight", "shape", "norm", "fingerprint")
         for key, value in found.weights.items():
@@ -249,42 +242,41 @@ def inspect(file: str, weights: bool = False) -> int:
     return 0
 
 
-def _print_adapters(found: WeightFile) -> None:
-    payload = found.adapters()
-    known, options = payload["base"], payload.get("options")
-    described = {"merged": "its weights are merged", "adapter": "what was frozen is not in it"}[payload["form"]]
-    _say(f"adapters in format {payload['version']}, form {payload['form']!r}: {described}")
-    if isinstance(options, Mapping):
-        shown = ((key, value) for key, value in options.items() if value is not None)
-        _say(f"options: {', '.join(f'{key}={reprlib.repr(value)}' for key, value in shown)}")
+def _print_adapters(run: SavedRun) -> None:
+    described = {"merged": "its weights are merged", "adapter": "what was frozen is not in it"}[run.form]
+    _say(f"adapters in format {run.version}, form {run.form!r}: {described}")
+    shown = ((key, value) for key, value in run.options.items() if value is not None)
+    _say(f"options: {', '.join(f'{key}={reprlib.repr(value)}' for key, value in shown)}")
     table = _table(
         "adapter", "weight", "rank", "scale", "norm", "effective rank", "rank for 99 %", "size", "fingerprint"
     )
-    for name, entry in payload["adapters"].items():
-        tensors = [value for value in entry.values() if isinstance(value, Tensor)]
-        measures = ["drawn anew", "", ""]
-        if "A" in entry:
-            measures = ["not finite", "", ""]
-            if all(value.isfinite().all() for value in tensors):
-                (values,) = singular_values([core(Adapter.from_state(entry), torch.float64)])
-                # of a stack of matrices, the mean and the largest
-                effective, needed = effective_rank(values).mean().item(), rank_holding(values, 0.99).max().item()
-                measures = [f"{_norm(values):.4g}", f"{effective:.2f}", str(int(needed))]
-        kind = "" if entry["decomposition"] == Adapter.decomposition else f" {entry['decomposition']}"
+    for name, state in run.adapters.items():
+        kind = "" if state.decomposition == Adapter.decomposition else f" {state.decomposition}"
         table.add_row(
             name,
-            f"{' x '.join(map(str, entry['shape']))}{' transposed' if entry['transposed'] else ''}{kind}",
-            str(entry["B"].shape[-2]),
-            f"{entry['scale']:g}",
-            *measures,
-            _size(sum(value.nbytes for value in tensors)),
-            known.get(weight_key(name, known), "").rpartition(":")[2][:12] or "holds the increment",
+            f"{' x '.join(map(str, state.shape))}{' transposed' if state.transposed else ''}{kind}",
+            str(state.rank),
+            f"{state.scale:g}",
+            *_measures(state),
+            _size(sum(tensor.nbytes for tensor in state.tensors.values())),
+            run.base.get(weight_key(name, run.base), "").rpartition(":")[2][:12] or "holds the increment",
         )
     _console().print(table)
-    for what in ("trained", "idle"):
-        if names := payload.get(what):
-            _say(f"{what}: {reprlib.repr([str(name) for name in names])}, {len(names)} in all")
-    _say(f"fingerprints of {len(known)} frozen weights")
+    for what, names in (("trained", run.trained), ("idle", run.idle)):
+        if names:
+            _say(f"{what}: {reprlib.repr(names)}, {len(names)} in all")
+    _say(f"fingerprints of {len(run.base)} frozen weights")
+
+
+def _measures(state: AdapterState) -> tuple[str, str, str]:
+    """Return the norm, the effective rank and the rank for 99 %; of a stack of matrices, the mean and the largest."""
+    if "A" not in state.tensors:
+        return "drawn anew", "", ""
+    if not all(tensor.isfinite().all() for tensor in state.tensors.values()):
+        return "not finite", "", ""
+    (values,) = singular_values([core(Adapter.from_state(state), torch.float64)])
+    effective, needed = effective_rank(values).mean().item(), rank_holding(values, 0.99).max().item()
+    return f"{_norm(values):.4g}", f"{effective:.2f}", str(int(needed))
 
 
 def diff(a: str, b: str, tolerance: float = 0.0) -> int:
@@ -319,8 +311,8 @@ def diff(a: str, b: str, tolerance: float = 0.0) -> int:
 def _with_adapters(found: WeightFile) -> dict[str, Tensor]:
     held = dict(found.weights)
     if KEY in found.rest:
-        for name, entry in found.adapters()["adapters"].items():
-            held |= {f"{name} ({what})": value for what, value in entry.items() if isinstance(value, Tensor)}
+        for name, state in found.run().adapters.items():
+            held |= {f"{name} ({what})": tensor for what, tensor in state.tensors.items()}
     return held
 
 
@@ -353,9 +345,8 @@ def export_peft(file: str, folder: str, root: str = "") -> int:
     """
     from lightning_lora.checkpoint.peft import save_peft
 
-    count = len(read(file).adapters()["adapters"])
     save_peft(file, folder, root=root)
-    _say(f"{folder}: {count} adapters")
+    _say(f"{folder}: {len(read(file).run().adapters)} adapters")
     return 0
 
 
@@ -386,6 +377,12 @@ def _table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
     return table
+
+
+def shape_and_dtype(tensor: Tensor) -> str:
+    """Return ``"64 x 32 float32"``."""
+    sides: Any = " x ".join(map(str, tensor.shape)) or "scalar"
+    return f"{sides} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _size(count: float) -> str:

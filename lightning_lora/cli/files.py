@@ -1,4 +1,4 @@
-"""Reads files of weights without loading them, and writes such files one weight at a time.
+"""Writes files of weights, one weight at a time.
 
 Weights are mapped from disk: only those that are used are in memory, and :func:`release` lets them go. What is written
 gets its name when all of it is on disk, so that a file of that name is the old one or the whole new one.
@@ -10,26 +10,20 @@ import ctypes
 import json
 import mmap
 import os
-import pickle
-import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lora._compat import save_as_made
-from lightning_lora.checkpoint.format import KEY, NOTICE, State, check_format, damage
+from lightning_lora.checkpoint.format import State
 from lightning_lora.errors import LoRAError
 
 INDEX = ".index.json"
-IN_FOLDERS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-"""What a folder of Hugging Face's holds; the first that exists is read."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,130 +39,6 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """torch's dtypes -> what safetensors calls them."""
-
-
-@dataclass
-class WeightFile:
-    """The weights of one file, or of the shards that an index names."""
-
-    path: Path
-    kind: str
-    weights: dict[str, Tensor]
-    """Key -> tensor, mapped from disk."""
-    rest: State = field(default_factory=dict)
-    """What else a Lightning checkpoint holds."""
-    extras: State = field(default_factory=dict)
-    """What a state dict holds besides tensors: the extra states of modules."""
-    shards: dict[str, str] = field(default_factory=dict)
-    """Key -> name of the shard that has it, where there is an index."""
-    size: int = 0
-    """Bytes on disk, of all shards together."""
-
-    def adapters(self) -> State:
-        """Return the checked ``checkpoint["lightning_lora"]``.
-
-        Raises:
-            LoRAError: If the file has none.
-            ValueError: If it is malformed.
-        """
-        if KEY not in self.rest:
-            raise LoRAError(f"{self.path} holds no adapters of lightning-lora.")
-        payload: State = self.rest[KEY]
-        check_format(payload)
-        for name, entry in payload["adapters"].items():
-            self.check({f"{name}: {what}": value for what, value in entry.items() if isinstance(value, Tensor)})
-        return payload
-
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ``LoRAError`` where a tensor has no data in the file, or claims to have more than there is."""
-        for key, tensor in tensors.items():
-            if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu":
-                raise LoRAError(f"{self.path}: {key!r} is no plain tensor.")
-            if tensor.numel() * tensor.element_size() > max(self.size, 2**20):
-                raise LoRAError(f"{self.path}: {key!r} claims to be larger than the file.")
-
-
-def read(path: str) -> WeightFile:
-    """Return what the file at ``path`` holds, without executing anything that it says.
-
-    Args:
-        path: A Lightning checkpoint or a state dict that ``torch.save`` wrote, a safetensors file, the index of several
-            of either, or a folder with one of Hugging Face's names in it.
-
-    Raises:
-        LoRAError: If there is no such file, or it is damaged, or none of these.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = next((file / name for name in IN_FOLDERS if (file / name).is_file()), file)
-    if not file.exists():
-        raise LoRAError(f"{path}: there is no such file.")
-    if file.is_dir():
-        advice = "; make one file of it by `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
-        sharded = advice if (file / ".metadata").exists() else ""
-        raise LoRAError(f"{path} is a folder, without any of {', '.join(IN_FOLDERS)}{sharded}.")
-    try:
-        found = _of_index(file) if file.name.endswith(".json") else _of_one(file)
-    except (LoRAError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # whatever torch, safetensors and json raise for what makes no sense to them
-        raise LoRAError(f"{file} cannot be read: {_reason(file, error)}.") from error
-    found.check(found.weights)
-    return found
-
-
-def _of_one(file: Path) -> WeightFile:
-    size = file.stat().st_size
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  it is no dict
-        return WeightFile(file, "safetensors", weights, size=size)
-    zipped = zipfile.is_zipfile(file)
-    if zipped:
-        with zipfile.ZipFile(file) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in archive.infolist()):
-                raise LoRAError(f"{file} has compressed parts, which torch.save does not write.")
-    loaded = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
-    if not isinstance(loaded, Mapping):
-        raise LoRAError(f"{file} holds no dictionary of weights.")
-    lightning = isinstance(loaded.get("state_dict"), Mapping)
-    state = loaded["state_dict"] if lightning else loaded
-    state = {key: value for key, value in state.items() if key != NOTICE}
-    tensors = {k: value.detach() for k, value in state.items() if isinstance(k, str) and isinstance(value, Tensor)}
-    extras = {key: value for key, value in state.items() if key not in tensors}
-    if not lightning and (not tensors or any(not str(key).endswith("_extra_state") for key in extras)):
-        raise LoRAError(f"{file} holds neither a Lightning checkpoint nor a state dict.")
-    rest = {key: value for key, value in loaded.items() if key != "state_dict"} if lightning else {}
-    return WeightFile(file, "Lightning checkpoint" if lightning else "state dict", tensors, rest, extras, size=size)
-
-
-def _of_index(file: Path) -> WeightFile:
-    shards = json.loads(file.read_text())["weight_map"]
-    names = set(shards.values())
-    if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
-        raise LoRAError(f"{file} names {outside[0]!r}, which is no file beside it.")
-    files = {name: _of_one(file.with_name(name)) for name in sorted(names)}
-    if absent := [key for key, name in shards.items() if key not in files[name].weights]:
-        raise LoRAError(f"{file}: {absent[0]!r} is not in {shards[absent[0]]}.")
-    weights = {key: files[name].weights[key] for key, name in shards.items()}
-    size = sum(each.size for each in files.values())
-    return WeightFile(file, f"index of {len(files)} files", weights, shards=shards, size=size)
-
-
-def _reason(file: Path, error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named is not None:
-            return (
-                f"it names {named[1]}, and to load more than tensors, numbers, texts and containers can run any code."
-                " If you trust the file, load it with weights_only=False and save its state dict alone"
-            )
-    if (damaged := damage(file)) is not None:
-        return f"it is {damaged}"
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(" .:")
 
 
 def release(tensor: Tensor) -> None:
@@ -293,9 +163,3 @@ def _replacing(files: Sequence[Path]) -> Iterator[list[Path]]:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
-
-
-def shape_and_dtype(tensor: Tensor) -> str:
-    """Return ``"64 x 32 float32"``."""
-    sides: Any = " x ".join(map(str, tensor.shape)) or "scalar"
-    return f"{sides} {str(tensor.dtype).removeprefix('torch.')}"

@@ -36,20 +36,20 @@ class Injection:
     """What was done to a module, kept on it as ``lora_injection`` until it is undone."""
 
     options: Options
-    adapted: list[str]
-    trained: list[str]
+    adapted: list[str] = dataclasses.field(default_factory=list)
+    trained: list[str] = dataclasses.field(default_factory=list)
     """Parameters of the base that are trained in full."""
-    frozen: list[str]
+    frozen: list[str] = dataclasses.field(default_factory=list)
     """Parameters that were trainable and are not now."""
-    thawed: list[str]
+    thawed: list[str] = dataclasses.field(default_factory=list)
     """Parameters that were not trainable and are now."""
-    unnested: list[str]
+    unnested: list[str] = dataclasses.field(default_factory=list)
     """``nn.TransformerEncoder``s whose use of nested tensors, a fast path round the adapters, was turned off."""
-    kept: list[str]
+    kept: list[str] = dataclasses.field(default_factory=list)
     """Quantised layers that are not to be rewritten in an evaluation."""
-    left_out: list[tuple[str, str]]
+    left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     """Layers that could have an adapter and have none: name, and why in a word or two."""
-    asked: dict[str, int]
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)
     """Name of an adapter -> the rank that the options give to it; its own is lower where its weight is too small."""
 
 

@@ -7,6 +7,7 @@ again. Files then have the merged average in ``state_dict``, where that callback
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from lightning_lora._compat import average_model
+from lightning_lora.adapters import AdapterState
 from lightning_lora.checkpoint import read, write
-from lightning_lora.checkpoint.format import KEY, NOTICE, State
+from lightning_lora.checkpoint.format import KEY, NOTICE, SavedRun
 from lightning_lora.errors import LoRAError
 from lightning_lora.hosts.view import present_merged
 from lightning_lora.injection.inject import adapters, places
@@ -41,7 +43,7 @@ class Averages:
     def __init__(self, trainer: pl.Trainer) -> None:
         found = [c for c in trainer.callbacks if is_a(c, *WEIGHT_AVERAGING)]  # type: ignore[attr-defined]
         self._callback: Any = found[0] if found and trainer.state.fn == "fit" else None
-        self._entries: State = {}
+        self._saved: dict[str, AdapterState] = {}
         """Adapters of the average in the file that is being loaded."""
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, options: Options) -> None:
@@ -77,38 +79,38 @@ class Averages:
     def _average(self) -> Any:
         return average_model(self._callback)
 
-    def save(self, checkpoint: dict[str, Any], payload: State, module: nn.Module) -> None:
-        """Make the state dicts in ``checkpoint`` plain, and add the adapters of the average to ``payload``."""
+    def save(self, checkpoint: dict[str, Any], run: SavedRun, module: nn.Module) -> SavedRun:
+        """Make the state dicts in ``checkpoint`` plain, and return ``run`` with the adapters of the average."""
         if self._callback is None or CURRENT not in checkpoint:
-            write.make_plain(checkpoint["state_dict"], payload, storages(module), module)
-            return
+            write.make_plain(checkpoint["state_dict"], run, storages(module), module)
+            return run
         average = self._average().module
-        write.make_plain(checkpoint["state_dict"], payload, storages(average), average)
-        write.make_plain(checkpoint[CURRENT], payload, storages(module), module)
+        write.make_plain(checkpoint["state_dict"], run, storages(average), average)
+        write.make_plain(checkpoint[CURRENT], run, storages(module), module)
         found = {place.name: place for place in places(average)}
-        payload["average"] = {name: write.detached(place.adapter.state(place.weight)) for name, place in found.items()}
+        states = {name: place.adapter.state(place.weight).detached() for name, place in found.items()}
+        return dataclasses.replace(run, average=states)
 
-    def prepare_for_loading(self, checkpoint: dict[str, Any], module: nn.Module, exact: bool, merged: Any) -> None:
+    def prepare_for_loading(
+        self, checkpoint: dict[str, Any], module: nn.Module, exact: bool, after_fit: SavedRun | None
+    ) -> SavedRun | None:
         """Prepare ``checkpoint`` for :func:`read.prepare_for_loading`'s purpose, both of its state dicts."""
         payload, averaged = checkpoint.get(KEY), checkpoint.get("state_dict")
-        if (
-            not (isinstance(payload, dict) and "average" in payload and isinstance(averaged, dict))
-            or CURRENT not in checkpoint
-            or not adapters(module)
-        ):
-            read.prepare_for_loading(checkpoint, module, exact, merged)
-            return
+        has_both = isinstance(payload, dict) and "average" in payload and CURRENT in checkpoint
+        if not has_both or not isinstance(averaged, dict) or not adapters(module):
+            return read.prepare_for_loading(checkpoint, module, exact, after_fit)
         checkpoint["state_dict"] = checkpoint[CURRENT]
-        read.prepare_for_loading(checkpoint, module, exact, merged)
-        if self._callback is not None:
+        run = read.prepare_for_loading(checkpoint, module, exact, after_fit)
+        if self._callback is not None and run is not None and run.average is not None:
             checkpoint[CURRENT] = current = checkpoint["state_dict"]
             frozen = {place.key: current[place.key] for place in places(module) if place.key in current}
             checkpoint["state_dict"] = {**current, **averaged, **frozen}  # a file of adapters lacks what is frozen
             checkpoint["state_dict"].pop(NOTICE, None)
-            self._entries = payload["average"]
+            self._saved = run.average
+        return run
 
     def restore(self) -> None:
         """Give the average its adapters, after the callback has loaded its weights."""
-        if self._entries:
-            read.restore_adapters(self._average().module, {"adapters": self._entries})
-            self._entries = {}
+        if self._saved:
+            read.restore_adapters(self._average().module, self._saved)
+            self._saved = {}

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint import write
 from lightning_lora.checkpoint.fingerprints import seen
-from lightning_lora.checkpoint.format import KEY, State
+from lightning_lora.checkpoint.format import KEY, SavedRun
 from lightning_lora.weights.quantized import storages
 
 
 class Finished:
     """What it takes to resume a run whose module is plain and merged again."""
 
-    def __init__(self, module: nn.Module, payload: State, optimizer_states: list[Any] | None = None) -> None:
+    def __init__(self, module: nn.Module, run: SavedRun, optimizer_states: list[Any] | None = None) -> None:
         self._module = weakref.ref(module)
-        self.payload = payload
+        self.run = run
         self._optimizer_states = optimizer_states
         """The states of A and B: the optimizers have their weights back."""
         self._seen = {name: seen(weight) for name, weight in self._weights(module)}
@@ -28,7 +28,7 @@ class Finished:
         parameters: Mapping[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         return [
             (name, weight)
-            for name in self.payload["adapters"]
+            for name in self.run.adapters
             if (weight := parameters.get(f"{name}.weight", parameters.get(name))) is not None
         ]
 
@@ -41,12 +41,12 @@ class Finished:
 
         A weight that was edited since is what a run that resumes starts from: its adapter is zero in the file.
         """
-        payload = self.payload
+        run = self.run
         weights = dict(self._weights(module))
         edited = [name for name, before in self._seen.items() if seen(weights[name]) != before]
         if edited:
-            payload = write.with_new_bases(payload, {name: weights[name] for name in edited})
-        write.make_plain(checkpoint["state_dict"], payload, storages(module))
+            run = write.with_new_bases(run, {name: weights[name] for name in edited})
+        write.make_plain(checkpoint["state_dict"], run, storages(module))
         if self._optimizer_states is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = self._optimizer_states
-        checkpoint[KEY] = payload
+        checkpoint[KEY] = run.to_mapping()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora import _compat
 from lightning_lora.checkpoint import peft, read, write
 from lightning_lora.checkpoint.fingerprints import Fingerprints
-from lightning_lora.checkpoint.format import KEY, State
+from lightning_lora.checkpoint.format import KEY, SavedRun
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, show_adapters
 from lightning_lora.injection.gradient_start import PASSES, start_from_gradients
@@ -87,7 +87,7 @@ class Run:
         way of ``parameters()``, as averages and perturbations do, is right only if it finds them."""
         self.waits_for_file = False
         """Whether Lightning may be reading a checkpoint: what it raises then may be damage of the file."""
-        self.payload: State | None = None
+        self.saved: SavedRun | None = None
         """``checkpoint["lightning_lora"]`` of the file that is being loaded; its adapters follow the weights."""
         self.before: dict[str, Tensor] = {}
         """This rank's shards of W0, kept while a strategy loads a file over them."""
@@ -265,18 +265,17 @@ class Run:
             read.restore_shards(checkpoint, self.module, self.callback.exact_resume, self.before)
             self.forget_loading()
             return
-        after_fit = self.callback.finished_payload(self.module)
-        self.averages.prepare_for_loading(checkpoint, self.module, self.callback.exact_resume, after_fit)
-        self.payload = checkpoint.get(KEY)
-        if self.payload is not None and self.payload["version"] == 1:
+        after_fit = self.callback.finished_run(self.module)
+        self.saved = self.averages.prepare_for_loading(checkpoint, self.module, self.callback.exact_resume, after_fit)
+        if self.saved is not None and self.saved.version == 1:
             self._old_optimizer_states = checkpoint.get("optimizer_states", [])
-        self.callback.keep_finished(self.module, None if adapters(self.module) else self.payload)
+        self.callback.keep_finished(self.module, None if adapters(self.module) else self.saved)
 
     def on_load_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Put the adapters back after the weights, whatever the module's own ``load_state_dict`` does with keys."""
         result = original(*args, **kwargs)
-        if self.payload is not None:
-            read.restore_adapters(self.module, self.payload)
+        if self.saved is not None:
+            read.restore_adapters(self.module, self.saved.adapters)
         return result
 
     def on_configure_optimizers(self, original: Callable[[], Any]) -> Any:
@@ -315,7 +314,7 @@ class Run:
 
     def _unfrozen_before(self) -> set[Tensor]:
         """Return the weights without an adapter that the module's own code had unfrozen in the run that is resumed."""
-        trained = set(self.payload["trained"]) if self.payload is not None else set()
+        trained = set(self.saved.trained) if self.saved is not None else set()
         adapted = {place.weight for place in places(self.module)}
         return {p for p, name in frozen_weights(self.module).items() if name in trained and p not in adapted}
 
@@ -416,20 +415,20 @@ class Run:
 
         The module's own hook comes last and sees what it would see without adapters.
         """
-        module = self.module
+        module, saved = self.module, self.callback.finished_run(self.module)
         if adapters(module):
             for place in places(module):
                 place.adapter.check_followed()
-            payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
+            saved = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
             if sharded.is_sharded(module):
-                checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, payload)
+                checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, saved)
             else:
-                self.averages.save(checkpoint, payload, module)
-            checkpoint[KEY] = payload
+                saved = self.averages.save(checkpoint, saved, module)
+            checkpoint[KEY] = saved.to_mapping()
             self._tell_rewritten()
         original(checkpoint)
-        if KEY in checkpoint and not sharded.is_sharded(module):
-            self._tell_incomplete(write.missing_weights(checkpoint.get("state_dict", {}), checkpoint[KEY]))
+        if saved is not None and KEY in checkpoint and not sharded.is_sharded(module):
+            self._tell_incomplete(write.missing_weights(checkpoint.get("state_dict", {}), saved))
 
     def _tell_incomplete(self, missing: list[str]) -> None:
         if missing and not self._told_incomplete:
@@ -523,7 +522,7 @@ class Run:
         if self.trains and adapters(module):
             show_adapters(module)
             present_merged(module, False)
-            payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
+            saved = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
             self._tell_rewritten()
             if errors := merging_errors(module).values():
                 rank_zero_info(
@@ -533,6 +532,6 @@ class Run:
                 )
             states = [optimizer.state_dict() for optimizer in self.optimizers]
             merge(module)
-            self.callback.keep_finished(module, payload, states)
+            self.callback.keep_finished(module, saved, states)
         self.undo_substitutions()
         return error
