@@ -1,8 +1,8 @@
 """What the increment of a weight is, a file for each decomposition, and where it starts."""
 
-from lightning_lora.adapters.adapter import DECOMPOSITIONS, Adapter
+from lightning_lora.adapters.adapter import DECOMPOSITIONS, Adapter, full_adapters
 from lightning_lora.adapters.additive import Additive
 from lightning_lora.adapters.dora import DoRA
 from lightning_lora.adapters.initial import INITS, is_init
 
-__all__ = ["DECOMPOSITIONS", "INITS", "Adapter", "Additive", "DoRA", "is_init"]
+__all__ = ["DECOMPOSITIONS", "INITS", "Adapter", "Additive", "DoRA", "full_adapters", "is_init"]

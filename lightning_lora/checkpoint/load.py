@@ -33,8 +33,8 @@ from lightning_lora.injection.inject import (
 )
 from lightning_lora.injection.options import Options
 from lightning_lora.naming import plain_name, unwrapped
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import storages
+from lightning_lora.weights import read_only_weights
+from lightning_lora.weights.sharded import is_sharded
 
 File = str | os.PathLike[str] | Mapping[str, Any]
 CLOSE = 0.01
@@ -99,7 +99,7 @@ def load_adapter(module: nn.Module, file: File, name: str = "default") -> list[s
         raise LoRAError(f"The name of an adapter is a text, got {name!r}. None is the base function.")
     if name in loaded.named:
         raise LoRAError(f"The module has an adapter called {name!r}. Give this one another `name`.")
-    if sharded.is_sharded(module):
+    if is_sharded(module):
         raise LoRAError("The module is sharded. Load adapters before `fully_shard`, or `merge` them into the weights.")
     checkpoint = read_checkpoint(file)
     payload, state = payload_of(checkpoint), plain_state(checkpoint)
@@ -271,7 +271,7 @@ def _resolve(module: nn.Module, payload: State, state: State) -> tuple[NamedAdap
     Nothing is changed.
     """
     current = {plain_name(key): tensor for key, tensor in tensors_of(module).items()}
-    stored = {plain_name(key): storage for key, storage in storages(module).items()}
+    stored = {plain_name(key): storage for key, storage in read_only_weights(module).items()}
     base = {plain_name(key): expected for key, expected in payload["base"].items()}
     check_weights(payload, state, current, stored)
     parameters = dict(_parameters(module))

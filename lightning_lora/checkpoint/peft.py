@@ -37,15 +37,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import Adapter, full_adapters
 from lightning_lora.checkpoint.format import KEY, State, _is_number, check_format, damage, weight_key
 from lightning_lora.errors import LoRAError, listed, warn
-from lightning_lora.hosts import layer_of, stacks, storage_of
+from lightning_lora.hosts import layer_of, stacks
 from lightning_lora.injection.inject import Injection, adapters, inject_options, injections, places, trained_besides
 from lightning_lora.injection.layers import output_heads
 from lightning_lora.injection.options import Options, matches
 from lightning_lora.naming import plain_name, state_key, unwrapped
-from lightning_lora.weights import sharded
+from lightning_lora.weights import full_states, storage_of
 
 WEIGHTS, OLD_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -171,9 +171,9 @@ def _of_module(module: nn.Module) -> _Source:
             " `save_peft` the checkpoint file of the run, which has them."
         )
     increments = {}
-    for place in found:
+    for place, adapter in zip(found, full_adapters([place.adapter for place in found]), strict=True):
         parameter = place.key.rpartition(".")[2]
-        increments[plain_name(place.key)] = _Increment(place.adapter.whole(), layer_of(place.host, parameter))
+        increments[plain_name(place.key)] = _Increment(adapter, layer_of(place.host, parameter))
     factors = {tensor for place in found for tensor in (*place.adapter.parameters(), *place.adapter.buffers())}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     known = {plain_name(state_key(name)): tensor for name, tensor in named if tensor not in factors}
@@ -182,7 +182,7 @@ def _of_module(module: nn.Module) -> _Source:
     return _Source(
         increments,
         trained,
-        {**known, **{key: sharded.whole(known[key]) for key in (*trained, *statistics)}},
+        known | full_states([{key: known[key] for key in (*trained, *statistics)}])[0],
         list(known),
         next(injections(module)).options.to_primitives(),
         next((name for child in module.modules() if (name := _pretrained_name(child))), None),
@@ -779,9 +779,7 @@ class _Import:
             self._add(f"{name}.{parameter}", f"{name}.{parameter}", layer, child, tensors)
 
     def _add(self, target: str, key: str, layer: str, child: nn.Module, tensors: dict[str, Tensor]) -> None:
-        weight = self.weights[f"{self.root}{key}"]
-        stored = storage_of(child)
-        shape = weight.shape if stored is None else stored.shape
+        shape = storage_of(child, key.rpartition(".")[2]).shape
         kinds = ("lora_embedding_A", "lora_embedding_B") if layer == "Embedding" else ("lora_A", "lora_B")
         wanted = {*kinds, *(("lora_magnitude_vector",) if self.files.config.get("use_dora") else ())}
         if tensors.keys() != wanted:

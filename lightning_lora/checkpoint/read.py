@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.adapters.sharded import gathered
-from lightning_lora.checkpoint.fingerprints import fingerprint
 from lightning_lora.checkpoint.format import (
     KEY,
     NOTICE,
@@ -26,8 +24,10 @@ from lightning_lora.checkpoint.write import fold
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.injection.inject import Place, injections, places, trained_besides
 from lightning_lora.naming import state_key
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import Storage, is_quantized, storages
+from lightning_lora.weights import Storage, read_only_weights
+from lightning_lora.weights.digest import fingerprint
+from lightning_lora.weights.quantized import is_quantized
+from lightning_lora.weights.sharded import FullState, reshard
 
 NO_FILE: State = {"base": {}, "adapters": {}}
 
@@ -52,7 +52,7 @@ def prepare_for_loading(checkpoint: State, module: nn.Module, exact: bool, merge
         return
     check_format(payload)
     found = list(places(module))
-    stored = storages(module)
+    stored = read_only_weights(module)
     current = tensors_of(module) if found or payload["form"] == "adapter" else {}
     check_weights(payload, checkpoint.get("state_dict"), current, stored)
     state = dict(checkpoint["state_dict"])
@@ -92,14 +92,10 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_adapters(module: nn.Module, payload: State) -> None:
-    """Give the adapters of ``module`` the tensors and counts that ``payload`` holds.
-
-    Where they are sharded, all ranks call this together.
-    """
+    """Give the adapters of ``module`` the tensors and counts that ``payload`` holds."""
     for place in {id(place.adapter): place for place in places(module)}.values():
         if (entry := payload["adapters"].get(place.name)) is not None:
-            with gathered(place.adapter) as whole:
-                whole.load_tensors(whole.resume(entry))
+            place.adapter.load_tensors(place.adapter.resume(entry))
 
 
 def restore_shards(checkpoint: State, module: nn.Module, exact: bool, before: Mapping[str, Tensor]) -> None:
@@ -116,11 +112,11 @@ def restore_shards(checkpoint: State, module: nn.Module, exact: bool, before: Ma
     if (payload := checkpoint.get(KEY)) is None:
         return
     check_format(payload)
-    sharded.reshard(module)
+    reshard(module)
     if found := list(places(module)):
-        state = sharded.Whole(module.state_dict(), in_place=True)
+        state = FullState(module.state_dict(), in_place=True)
         _check_same_adapters(payload, module, found)
-        _put_base_back(state, payload, sharded.Whole(before), found, exact, NO_FILE, {})
+        _put_base_back(state, payload, FullState(before), found, exact, NO_FILE, {})
         restore_adapters(module, payload)
 
 

@@ -22,7 +22,6 @@ from lightning_lora.injection.inject import adapters, places
 from lightning_lora.injection.options import Options
 from lightning_lora.trainer.instance_hooks import InstanceHooks
 from lightning_lora.trainer.namespaces import WEIGHT_AVERAGING, is_a
-from lightning_lora.weights.quantized import storages
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -80,11 +79,11 @@ class Averages:
     def save(self, checkpoint: dict[str, Any], payload: State, module: nn.Module) -> None:
         """Make the state dicts in ``checkpoint`` plain, and add the adapters of the average to ``payload``."""
         if self._callback is None or CURRENT not in checkpoint:
-            write.make_plain(checkpoint["state_dict"], payload, storages(module), module)
+            write.make_plain(checkpoint["state_dict"], payload, module)
             return
         average = self._average().module
-        write.make_plain(checkpoint["state_dict"], payload, storages(average), average)
-        write.make_plain(checkpoint[CURRENT], payload, storages(module), module)
+        write.make_plain(checkpoint["state_dict"], payload, average)
+        write.make_plain(checkpoint[CURRENT], payload, module)
         found = {place.name: place for place in places(average)}
         payload["average"] = {name: write.detached(place.adapter.state(place.weight)) for name, place in found.items()}
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lora import _compat
 from lightning_lora.adapters import Adapter
 from lightning_lora.checkpoint import peft, read, write
-from lightning_lora.checkpoint.fingerprints import Fingerprints, seen
+from lightning_lora.checkpoint.fingerprints import Fingerprints
 from lightning_lora.checkpoint.format import KEY, State
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts.view import hide_adapters, merging_for_file, present_merged, show_adapters
@@ -41,8 +41,10 @@ from lightning_lora.trainer.first_batches import first_losses
 from lightning_lora.trainer.instance_hooks import InstanceHooks
 from lightning_lora.trainer.namespaces import is_a
 from lightning_lora.trainer.optimizers import Substitution, find_optimizers, old_order, refuse_hooked
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import storage_of, storages, torch_linear
+from lightning_lora.weights import read_only_weights, storage_of
+from lightning_lora.weights.digest import seen
+from lightning_lora.weights.quantized import torch_linear
+from lightning_lora.weights.sharded import is_sharded
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -266,7 +268,7 @@ class Run:
                 " (`Model.load_from_checkpoint(file)`, or `load_state_dict` in `__init__`), and call `fit` without"
                 " `ckpt_path`."
             )
-        if sharded.is_sharded(self.module):
+        if is_sharded(self.module):
             if self.before:
                 support.check_complete(self.trainer, self.module)
             read.restore_shards(checkpoint, self.module, self.callback.exact_resume, self.before)
@@ -304,7 +306,7 @@ class Run:
         self.undo_substitutions()
         frozen = self._frozen()
         shown = self.is_sharded  # A and B were among the parameters that the author's code saw
-        hidden = [place for place in places(module) if not shown and storage_of(place.host) is None]
+        hidden = [place for place in places(module) if not shown and not place.stored.read_only]
         trained = {place.weight: place.named_factors() for place in hidden}
         for optimizer in optimizers:
             self.substitutions.append(Substitution(optimizer, trained, frozen))
@@ -317,7 +319,8 @@ class Run:
         """Return the frozen weights that leave the optimizers: not those that the resumed run has unfrozen."""
         unfrozen = self._unfrozen_before()
         frozen = frozen_weights(self.module)
-        frozen |= {layer.weight: key for key, layer in storages(self.module).items()}  # which nothing can train
+        for key, stored in read_only_weights(self.module).items():  # which nothing can train
+            frozen[stored.weight] = key
         return {p: name for p, name in frozen.items() if p not in unfrozen}
 
     def _unfrozen_before(self) -> set[Tensor]:
@@ -406,7 +409,7 @@ class Run:
         }
         trained |= {p for adapter in adapters(self.module).values() for p in adapter.parameters()}
         for child in self.module.modules():
-            if storage_of(child) is not None:  # bitsandbytes casts the biases of its layers in their forward
+            if storage_of(child).read_only:  # bitsandbytes casts the biases of its layers in their forward
                 trained |= set(child.parameters(recurse=False))
         others = {name: p for name, p in self.module.named_parameters() if p not in trained and not is_lazy(p)}
         return {name: p for name, p in others.items() if type(p.data) is Tensor and p.is_floating_point()}
@@ -444,14 +447,14 @@ class Run:
             for place in places(module):
                 place.adapter.check_followed()
             payload = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
-            if sharded.is_sharded(module):
+            if is_sharded(module):
                 checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, payload)
             else:
                 self.averages.save(checkpoint, payload, module)
             checkpoint[KEY] = payload
             self._tell_rewritten()
         original(checkpoint)
-        if KEY in checkpoint and not sharded.is_sharded(module):
+        if KEY in checkpoint and not is_sharded(module):
             self._tell_incomplete(write.missing_weights(checkpoint.get("state_dict", {}), checkpoint[KEY]))
 
     def _tell_incomplete(self, missing: list[str]) -> None:
@@ -583,7 +586,7 @@ class Run:
         self.stop_meter()
         self.forget_loading()
         self._strategy_hooks.remove()
-        if adapters(module) and sharded.is_sharded(module):
+        if adapters(module) and is_sharded(module):
             # the optimizer's state is saved by names in the module: adapters stay until `merge`, and files are merged
             self.hooks.remove(but="on_save_checkpoint")
             return error
@@ -639,7 +642,7 @@ class Finished:
         edited = [name for name, before in self._seen.items() if seen(weights[name]) != before]
         if edited:
             payload = write.with_new_bases(payload, {name: weights[name] for name in edited})
-        write.make_plain(checkpoint["state_dict"], payload, storages(module))
+        write.make_plain(checkpoint["state_dict"], payload, module)
         if self._optimizer_states is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = self._optimizer_states
         checkpoint[KEY] = payload
