@@ -116,9 +116,9 @@ def merged_shards(state: State, module: nn.Module, payload: State) -> State:
     full = FullState(state)
     for place in places(module):
         for name in place.adapter.state_dict():
-            full.shards.pop(f"{place.factors}{name}", None)
+            full.data.pop(f"{place.factors}{name}", None)
     fold(full, payload)
-    return full.shards
+    return full.data
 
 
 def fold(state: MutableMapping[str, Any], payload: State) -> None:

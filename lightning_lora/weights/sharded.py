@@ -6,7 +6,8 @@ All that is done here is done by all processes together, in the same order. Plai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -87,7 +88,8 @@ def full_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     number of rows of a tensor, or fewer at the end: filled up to that number, what it holds of all of them is one row
     of a matrix, which is gathered, and in whose columns the rows of a tensor follow one another.
     """
-    result, groups = list(tensors), dict[Any, list[int]]()
+    result = list(tensors)
+    groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         if is_shard(tensor):
             shard: Any = tensor
@@ -109,7 +111,7 @@ def full_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
         matrix = _gather(DTensor.from_local(torch.cat(filled)[None], mesh, placements, run_check=False))
         columns = matrix.split([local.numel() for local in filled], dim=1)
         for i, shard, rows in zip(members, shards, columns, strict=True):
-            result[i] = rows.reshape(-1, *shard.shape[1:])[: shard.shape[0]]
+            result[i] = rows.reshape(-1, *shard.shape[1:])[: shard.shape[0]].to(shard.device)
     return result
 
 
@@ -144,7 +146,7 @@ def reshard(module: nn.Module) -> None:
             child.reshard()
 
 
-class FullState(MutableMapping[str, Tensor]):
+class FullState(UserDict[str, Tensor]):
     """A state of sharded tensors, full for who reads or writes it: one at a time is gathered, to the CPU.
 
     Args:
@@ -153,29 +155,16 @@ class FullState(MutableMapping[str, Tensor]):
     """
 
     def __init__(self, shards: Mapping[str, Tensor], in_place: bool = False) -> None:
-        self.shards = dict(shards)
+        self.data = dict(shards)
         self._in_place = in_place
 
     def __getitem__(self, key: str) -> Tensor:
-        return full_tensors([self.shards[key].detach()])[0].cpu()
+        return full_tensors([self.data[key].detach()])[0].cpu()
 
     def __setitem__(self, key: str, value: Tensor) -> None:
-        shard = self.shards[key]
-        target = shard if self._in_place else torch.empty_like(shard)
-        assign(target, value)
-        self.shards[key] = target
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.shards
-
-    def __delitem__(self, key: str) -> None:
-        del self.shards[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shards)
-
-    def __len__(self) -> int:
-        return len(self.shards)
+        if not self._in_place:
+            self.data[key] = torch.empty_like(self.data[key])
+        assign(self.data[key], value)
 
 
 def makes_states(optimizer: Optimizer) -> bool:
