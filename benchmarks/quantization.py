@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import adapters, inject, merge, merging_errors
-from lightning_lora.weights.quantized import storages
+from lightning_lora.weights import read_only_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from quantized import KINDS
@@ -80,7 +80,7 @@ def quantised(model: nn.Sequential, kind: str) -> nn.Sequential:
 
 
 def dequantised(model: nn.Module) -> Tensor:
-    return torch.stack([stored.dequantized() for stored in storages(model).values()])
+    return torch.stack([stored.full() for stored in read_only_weights(model).values()])
 
 
 def measure(kind: str, pretrained: nn.Sequential, teacher: nn.Module, steps: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def measure(kind: str, pretrained: nn.Sequential, teacher: nn.Module, steps: int
     rms = W.square().mean().sqrt().item()
     model = quantised(pretrained, kind)
     W0 = dequantised(model)
-    nbytes = sum(t.nbytes for stored in storages(model).values() for t in stored.tensors())
+    nbytes = sum(t.nbytes for stored in read_only_weights(model).values() for t in stored.tensors())
     inject(model, rank=8)
     result = {
         "bits_per_weight": 8 * nbytes / W.numel(),

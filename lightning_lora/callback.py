@@ -36,7 +36,7 @@ from lightning_lora.trainer.finished import Finished
 from lightning_lora.trainer.namespaces import for_both_namespaces, is_a
 from lightning_lora.trainer.run import RUNS, Run
 from lightning_lora.trainer.tables import print_summary
-from lightning_lora.weights import sharded
+from lightning_lora.weights.sharded import reshard
 
 
 @for_both_namespaces
@@ -250,7 +250,7 @@ class LoRA(Callback):
         run.waits_for_file = False
         run.saved = None
         run.forget_loading()
-        sharded.reshard(pl_module)  # after the sanity check
+        reshard(pl_module)  # after the sanity check
         support.check_trained(trainer, pl_module, run.idle)
         if (every := self.log_adapters_every_n_steps) is not None:
             run.adapter_log = AdapterLog(every, trainer)

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import Adapter, full_adapters
 from lightning_lora.adapters.spectrum import change, core, effective_rank, rank_holding, singular_values
 from lightning_lora.checkpoint.files import File, read
 from lightning_lora.checkpoint.format import weight_key
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import distinct_places
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import storage_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,17 +176,14 @@ def _cell(name: str) -> tuple[int, str]:
 
 
 Found = tuple[str, Adapter, Callable[[], Tensor | None]]
-"""The name of an adapter, itself, and what gives its whole weight: W or W0, as ``adapter.holds`` says."""
+"""The name of an adapter, itself with full tensors, and what gives its weight: W or W0, as ``adapter.holds`` says."""
 
 
 def of_module(module: nn.Module) -> list[Found]:
     """Return the adapters in ``module``; their weights are gathered, or dequantised, one at a time."""
-    found: list[Found] = []
-    for place in distinct_places(module):
-        stored = storage_of(place.host)
-        whole = functools.partial(sharded.whole, place.weight) if stored is None else stored.dequantized
-        found.append((place.name, place.adapter, whole))
-    return found
+    found = distinct_places(module)
+    full = full_adapters([place.adapter for place in found])
+    return [(place.name, adapter, place.stored.full) for place, adapter in zip(found, full, strict=True)]
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ import lightning_lora
 from lightning_lora import Adapter, LoRA, adapters, inject, merge, merged_state_dict
 from lightning_lora.checkpoint import read as reading
 from lightning_lora.checkpoint import write
-from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
+from lightning_lora.checkpoint.fingerprints import Fingerprints
 from lightning_lora.checkpoint.format import NOTICE
 from lightning_lora.injection.options import Options
+from lightning_lora.weights.digest import fingerprint
 
 HERE = Path(__file__).parent
 OUTSIDER = """

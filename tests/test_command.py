@@ -41,7 +41,7 @@ def written(module, folder, name="run.ckpt", form="adapter"):
     run = write.describe(module, next(injections(module)).options, form, Fingerprints())
     merged = {key: value.clone() for key, value in merged_state_dict(module).items()}
     state = dict(merged)
-    write.make_plain(state, run, {})
+    write.make_plain(state, run, module)
     torch.save({"state_dict": state, "lightning_lora": run.to_mapping()}, folder / name)
     return merged
 

@@ -69,7 +69,7 @@ def saved(kind):
                 adapter.drawn_at = 4
     run = write.describe(module, next(injections(module)).options, form, Fingerprints())
     state = merged_state_dict(module)
-    write.make_plain(state, run, {})
+    write.make_plain(state, run, module)
     return {"state_dict": {key: value.clone() for key, value in state.items()}, "lightning_lora": run.to_mapping()}
 
 

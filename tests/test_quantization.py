@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lightning_lora import LoRA, adapters, inject, merge, merging_errors
 from lightning_lora.errors import LoRAError
 from lightning_lora.trainer.tables import print_summary
-from lightning_lora.weights.quantized import REWRITES, storages
+from lightning_lora.weights import read_only_weights
+from lightning_lora.weights.quantized import REWRITES
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -49,7 +50,7 @@ def evaluable(model: Net) -> Net:
 
 
 def stored(module: nn.Module) -> dict[str, str]:
-    return {key: storage.fingerprint() for key, storage in storages(module).items()}
+    return {key: storage.fingerprint() for key, storage in read_only_weights(module).items()}
 
 
 class Watch(Callback):
@@ -215,7 +216,7 @@ def test_starts_and_decompositions_that_need_no_gradient_of_w0_work(kind: str, o
 
 def test_packed_bytes_can_be_counted() -> None:
     bytes_of = {
-        kind: sum(t.nbytes for t in storages(nn.Sequential(make(nn.Linear(256, 256))))["0.weight"].tensors())
+        kind: sum(t.nbytes for t in read_only_weights(nn.Sequential(make(nn.Linear(256, 256))))["0.weight"].tensors())
         for kind, make in KINDS.items()
     }
     n = 256 * 256
@@ -477,7 +478,7 @@ class LateNet(PlainNet):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_layers_that_are_not_quantised_yet_are_when_the_run_starts(kind: str, tmp_path: Path) -> None:
-    assert not any(storage.packed for storage in storages(LateNet(kind)).values())
+    assert not any(storage.packed for storage in read_only_weights(LateNet(kind)).values())
     whole = two_epochs(tmp_path, LateNet(kind))
     early = two_epochs(tmp_path, QuantizedNet("int8" if kind == "int8" else "nf4-double"))
     assert whole == early
@@ -490,7 +491,7 @@ def test_adapters_put_in_before_the_move_survive_it(kind: str) -> None:
     names = inject(module, rank=2)
     module.to("cpu")
     assert list(adapters(module)) == names
-    assert all(storage.packed for storage in storages(module).values())
+    assert all(storage.packed for storage in read_only_weights(module).values())
     module(torch.randn(4, 8)).sum().backward()
     assert all(adapter.B.grad is not None for adapter in adapters(module).values())
 

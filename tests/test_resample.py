@@ -205,7 +205,7 @@ def test_a_draw_leaves_the_function_and_the_weight_as_they_are():
         attach(module, optimizer)
         step(module, optimizer)
         before, A = copy.deepcopy(weight_of(module)), adapter.A.detach().clone()
-        draw_anew(adapter, optimizer, "transfer")
+        draw_anew({adapter: adapter}, optimizer, "transfer")
         assert torch.equal(weight_of(module), before)
         assert not torch.equal(adapter.A, A)
         assert bool(adapter.B.any()) == (resample == "both")
@@ -452,7 +452,7 @@ def copied(optimizer, p):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_transferred_moments_are_the_new_projection_of_the_smallest_gradient(name, resample):
     adapter, optimizer, old, states = before_a_draw(name, resample)
-    draw_anew(adapter, optimizer, "transfer")
+    draw_anew({adapter: adapter}, optimizer, "transfer")
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in states:
             assert getattr(adapter, factor) not in optimizer.state
@@ -485,7 +485,7 @@ def test_moments_of_a_stack_and_of_a_convolution_are_transferred_matrix_by_matri
         optimizer.step()
         for adapter in adapters(module).values():
             A, before = adapter.A.detach().clone(), copied(optimizer, adapter.B)
-            draw_anew(adapter, optimizer, "transfer")
+            draw_anew({adapter: adapter}, optimizer, "transfer")
             after = optimizer.state[adapter.B]
             for i in range(A.shape[0]) if A.dim() == 3 else [...]:
                 smallest = torch.linalg.lstsq(A[i], before["exp_avg"][i], driver="gelsd").solution
@@ -499,7 +499,7 @@ def test_drawing_the_same_projection_again_changes_no_first_moment(name):
     adapter, optimizer, _, states = before_a_draw(name, "A")
     A = adapter.A.detach().clone()
     adapter.steps = 0
-    draw_anew(adapter, optimizer, "transfer")
+    draw_anew({adapter: adapter}, optimizer, "transfer")
     assert torch.equal(adapter.A, A)
     key = "exp_avg" if name == "Adam" else "momentum_buffer"
     torch.testing.assert_close(optimizer.state[adapter.B][key], states["B"][key], rtol=1e-10, atol=1e-13)
@@ -509,12 +509,12 @@ def test_drawing_the_same_projection_again_changes_no_first_moment(name):
 @pytest.mark.parametrize("name", ["momentum", "amsgrad"])
 def test_kept_moments_keep_every_bit_and_those_that_are_reset_are_gone(name, resample):
     adapter, optimizer, _, states = before_a_draw(name, resample)
-    draw_anew(adapter, optimizer, "keep")
+    draw_anew({adapter: adapter}, optimizer, "keep")
     for factor, state in states.items():
         after = optimizer.state[getattr(adapter, factor)]
         assert set(after) == set(state)
         assert all(torch.equal(value, state[key]) for key, value in after.items())
-    draw_anew(adapter, optimizer, "reset")
+    draw_anew({adapter: adapter}, optimizer, "reset")
     forget(adapter, optimizer)
     assert all(getattr(adapter, factor) not in optimizer.state for factor in states)
 
@@ -526,7 +526,7 @@ def test_a_draw_touches_the_moments_of_no_other_parameter():
     step(module, optimizer)
     others = {p: copied(optimizer, p) for p in optimizer.state if p is not adapter.A and p is not adapter.B}
     assert len(others) == 4
-    draw_anew(adapter, optimizer, "transfer")
+    draw_anew({adapter: adapter}, optimizer, "transfer")
     for p, state in others.items():
         assert all(torch.equal(value, state[key]) for key, value in optimizer.state[p].items())
 
@@ -538,7 +538,7 @@ def transfer(A, A_new, moment):
     adapter.fix("A")
     adapter.draw = lambda: adapter.A.copy_(A_new)
     optimizer.state[adapter.B]["momentum_buffer"] = moment.clone()
-    draw_anew(adapter, optimizer, "transfer")
+    draw_anew({adapter: adapter}, optimizer, "transfer")
     return optimizer.state[adapter.B]["momentum_buffer"]
 
 

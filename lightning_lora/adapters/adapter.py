@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import draws, initial
 from lightning_lora.errors import LoRAError
-from lightning_lora.weights import counter
-from lightning_lora.weights import sharded as shards
+from lightning_lora.weights import assign, counter, full_states
 from lightning_lora.weights.full_precision import full_precision
 from lightning_lora.weights.rounding import round_stochastically
 
@@ -238,7 +237,7 @@ class Adapter(nn.Module):
         """
         self.draw_A()
         if self.resample == "both":
-            self.B.copy_(self._drawn("B"))
+            assign(self.B, self._drawn("B"))
         else:
             self.B.zero_()
         if self.resample == "A":
@@ -248,8 +247,9 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def draw_A(self) -> None:
         """Draws A alone."""
-        self.A.copy_(self._drawn("A"))
-        self._clear_padding(self.A)
+        A = self._drawn("A")
+        self._clear_padding(A)
+        assign(self.A, A)
 
     def _drawn(self, name: str) -> Tensor:
         factor = getattr(self, name)
@@ -343,12 +343,12 @@ class Adapter(nn.Module):
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The increment in the weight's layout and shape, at least in ``dtype``.
 
-        It is whole where the adapter is sharded: all processes call this together.
+        It is a full tensor also where factors are sharded: all processes call this together.
         """
-        return self.whole().formed(dtype)
+        return full_adapters([self])[0].formed(dtype)
 
     def formed(self, dtype: torch.dtype) -> Tensor:
-        """:meth:`delta_weight` of whole factors."""
+        """:meth:`delta_weight` of full factors."""
         return self.delta(*self.increment(), dtype)
 
     def delta(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -393,9 +393,10 @@ class Adapter(nn.Module):
         return base, _bound(weight, base, delta.dtype)
 
     @torch.no_grad()
-    def held(self) -> tuple[Tensor, ...]:
-        """What :meth:`follow` must know of the factors before they change."""
-        return tuple(factor.detach().clone() for factor in self.factors())
+    def held(self) -> tuple[Tensor, Tensor]:
+        """The factors as they are, which :meth:`follow` must know when they have changed."""
+        A, B = self.factors()
+        return A.detach().clone(), B.detach().clone()
 
     @torch.no_grad()
     @full_precision()
@@ -508,11 +509,9 @@ class Adapter(nn.Module):
         left_out = ("A",) if self.resample == "A" else ()
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if name not in left_out}
 
-    def whole(self) -> Adapter:
-        """This adapter; where each process holds a part of it, a copy with the parts of all, which gather together."""
-        if not shards.is_part(self.A):
-            return self
-        return self.with_tensors({name: shards.whole(tensor) for name, tensor in self.state_dict().items()})
+    def gathered(self, own: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> Adapter:
+        """This adapter, whose state is ``own``; where the ``full`` tensors of it are others, a copy with these."""
+        return self if all(full[name] is tensor for name, tensor in own.items()) else self.with_tensors(full)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """This adapter, with those of a state in the place of its own."""
@@ -546,7 +545,7 @@ class Adapter(nn.Module):
         if self.resample == "A":
             self.draw()
         tensors = {name: state.tensors.get(name, tensor) for name, tensor in self.state_dict().items()}
-        if self.resample == "A":
+        if self.resample == "A" and "A" in state.tensors:
             self._clear_padding(tensors["A"])  # in a file it is all drawn
         return tensors
 
@@ -579,7 +578,7 @@ class Adapter(nn.Module):
         """Copy ``tensors``, by their names in the adapter's own state dict, into it."""
         own = self.state_dict()
         for name, value in tensors.items():
-            own[name].copy_(value)
+            assign(own[name], value)
         self.set_followed()
 
     @classmethod
@@ -632,6 +631,15 @@ class Adapter(nn.Module):
 
 
 DECOMPOSITIONS[Adapter.decomposition] = Adapter
+
+
+def full_adapters(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return ``adapters``; of those whose tensors are sharded, copies with full tensors, which are gathered together.
+
+    All processes call this together. A copy counts its steps from where it was made.
+    """
+    states = [adapter.state_dict() for adapter in adapters]
+    return [a.gathered(own, full) for a, own, full in zip(adapters, states, full_states(states), strict=True)]
 
 
 def _rows_at_a_time(weight: Tensor) -> int:

@@ -23,9 +23,9 @@ ROWS = 1024
 def core(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the matrix (r', r') or (k, r', r') of which the increment has the singular values.
 
-    r' is the number of rows of what :meth:`Adapter.increment` gives, up to twice the rank.
+    r' is the number of rows of what :meth:`Adapter.increment` gives, up to twice the rank. The tensors are full.
     """
-    A, B = (factor.to(torch.promote_types(factor.dtype, dtype)) for factor in adapter.whole().increment())
+    A, B = (factor.to(torch.promote_types(factor.dtype, dtype)) for factor in adapter.increment())
     with torch.autocast(A.device.type, enabled=False):
         right, left = (torch.linalg.qr(factor.mT, mode="r")[1] for factor in (A, B))
         return adapter.scale * left @ right.mT
@@ -92,12 +92,12 @@ def change(adapter: Adapter, weight: Tensor, dtype: torch.dtype = torch.float32)
     (g - 1)^2 |W0|^2 + 2 g (g - 1) <W0, D> + g^2 |D|^2, no difference of large numbers.
 
     Args:
-        adapter: That of the weight.
-        weight: The whole weight, W or W0 as ``adapter.holds`` says. Where projections are drawn anew and W holds all
+        adapter: That of the weight, with full tensors.
+        weight: The full weight, W or W0 as ``adapter.holds`` says. Where projections are drawn anew and W holds all
             that was learned, W0 is what it was at the last draw.
         dtype: Of the sums, at least.
     """
-    A, B = adapter.whole().increment()
+    A, B = adapter.increment()
     dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), dtype)
     A, B, M = A.to(dtype), B.to(dtype), adapter.as_matrix(weight.detach())
     gain = adapter.gain(weight)

@@ -31,7 +31,8 @@ from lightning_lora.adapters import DECOMPOSITIONS, Adapter, AdapterState, draws
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.options import ADAPTER_DTYPES, CHECKPOINTS, RESAMPLES, check_choice
 from lightning_lora.naming import plain_name
-from lightning_lora.weights.quantized import Storage, is_quantized
+from lightning_lora.weights import Storage
+from lightning_lora.weights.quantized import is_quantized
 
 KEY = "lightning_lora"
 VERSION = 3

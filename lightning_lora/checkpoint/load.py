@@ -23,8 +23,8 @@ from lightning_lora.hosts import Host, release
 from lightning_lora.injection.inject import LOADED, Injection, adapters, carry, kept, set_flags, unnested
 from lightning_lora.injection.options import Options
 from lightning_lora.naming import plain_name, unwrapped
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import storages
+from lightning_lora.weights import read_only_weights
+from lightning_lora.weights.sharded import is_sharded
 
 CLOSE = 0.01
 """How far, as a share of what was learned, W0 + increment may be from the merged weight in a file."""
@@ -88,7 +88,7 @@ def load_adapter(module: nn.Module, file: File, name: str = "default") -> list[s
         raise LoRAError(f"The name of an adapter is a text, got {name!r}. None is the base function.")
     if name in loaded.named:
         raise LoRAError(f"The module has an adapter called {name!r}. Give this one another `name`.")
-    if sharded.is_sharded(module):
+    if is_sharded(module):
         raise LoRAError("The module is sharded. Load adapters before `fully_shard`, or `merge` them into the weights.")
     found = read(file)
     run, active = found.run(), loaded.active
@@ -209,7 +209,7 @@ def _resolve(module: nn.Module, run: SavedRun, state: Mapping[str, Tensor]) -> t
     Nothing is changed.
     """
     current, parameters = _tensors(module), _parameters(module)
-    stored = {plain_name(key): storage for key, storage in storages(module).items()}
+    stored = {plain_name(key): storage for key, storage in read_only_weights(module).items()}
     base = {plain_name(key): expected for key, expected in run.base.items()}
     run.check_weights(state, current, stored)
     first = {parameter: key for key, parameter in reversed(parameters.items())}

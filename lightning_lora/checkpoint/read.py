@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import Adapter, AdapterState
-from lightning_lora.adapters.sharded import gathered
-from lightning_lora.checkpoint.fingerprints import fingerprint
 from lightning_lora.checkpoint.format import NOTICE, SavedRun, State, cast_as
 from lightning_lora.checkpoint.write import fold
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.injection.inject import Place, distinct_places, injections, places, trained_besides
 from lightning_lora.naming import state_key
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import Storage, is_quantized, storages
+from lightning_lora.weights import Storage, read_only_weights
+from lightning_lora.weights.digest import fingerprint
+from lightning_lora.weights.quantized import is_quantized
+from lightning_lora.weights.sharded import FullState, reshard
 
 
 def prepare_for_loading(
@@ -44,7 +44,7 @@ def prepare_for_loading(
     if (run := SavedRun.of(checkpoint)) is None:
         return None
     found = list(places(module))
-    stored = storages(module)
+    stored = read_only_weights(module)
     run = run if found else run.of_weights
     current = tensors_of(module) if found or run.form == "adapter" else {}
     run.check_weights(checkpoint.get("state_dict"), current, stored)
@@ -92,8 +92,7 @@ def restore_adapters(module: nn.Module, saved: Mapping[str, AdapterState]) -> No
     """
     for place in distinct_places(module):
         if (state := saved.get(place.name)) is not None:
-            with gathered(place.adapter) as whole:
-                whole.load_tensors(whole.resume(state))
+            place.adapter.load_tensors(place.adapter.resume(state))
 
 
 def restore_shards(checkpoint: State, module: nn.Module, exact: bool, before: Mapping[str, Tensor]) -> None:
@@ -109,11 +108,11 @@ def restore_shards(checkpoint: State, module: nn.Module, exact: bool, before: Ma
     """
     if (run := SavedRun.of(checkpoint)) is None:
         return
-    sharded.reshard(module)
+    reshard(module)
     if found := list(places(module)):
-        state = sharded.Whole(module.state_dict(), in_place=True)
+        state = FullState(module.state_dict(), in_place=True)
         _check_same_adapters(run, module, found)
-        _put_base_back(state, run, sharded.Whole(before), found, exact, None, {})
+        _put_base_back(state, run, FullState(before), found, exact, None, {})
         restore_adapters(module, run.adapters)
 
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.adapters import Adapter, AdapterState
-from lightning_lora.checkpoint.fingerprints import Fingerprints, fingerprint
+from lightning_lora.adapters import Adapter, AdapterState, full_adapters
+from lightning_lora.checkpoint.fingerprints import Fingerprints
 from lightning_lora.checkpoint.format import NOTICE, SavedRun, State, weight_key
 from lightning_lora.hosts import layer_of
 from lightning_lora.injection.inject import places, trained_besides
 from lightning_lora.injection.options import Options
-from lightning_lora.naming import state_key
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import Storage, storages, without_extras
+from lightning_lora.weights import read_only_weights, storages
+from lightning_lora.weights.digest import fingerprint
+from lightning_lora.weights.quantized import without_extras
+from lightning_lora.weights.sharded import FullState
 
 
 def describe(
@@ -39,37 +40,33 @@ def describe(
         fingerprints: Those of the run, so that each weight is read once.
         idle: Names of adapters that no optimizer trains, and that are left out.
     """
+    found = [place for place in places(module) if place.name not in idle]
     adapters: dict[str, AdapterState] = {}
-    base: dict[str, str] = {}
-    stored = storages(module)
-    for place in places(module):
-        if place.name not in idle:
-            # to gather the weight costs, and only a decomposition with a gain reads it
-            weight = sharded.whole(place.weight) if place.adapter.rescales else place.weight
-            adapters[place.name] = place.adapter.whole().state(weight).detached()
-        if not place.adapter.holds and place.key not in stored:
-            shard = sharded.part(place.weight)
-            full = None if shard is None else (lambda weight=place.weight: sharded.whole(weight))
-            base[place.key] = fingerprints.of(place.key, place.weight if shard is None else shard, full)
+    for place, adapter in zip(found, full_adapters([place.adapter for place in found]), strict=True):
+        # to gather the weight costs, and only a decomposition with a gain reads it
+        weight = place.stored.full() if adapter.rescales else place.weight
+        adapters[place.name] = adapter.state(weight).detached()
+    frozen = {place.key: place.stored for place in places(module) if not place.adapter.holds}
     trained = trained_besides(module)
     if form == "adapter":
-        named = module.named_parameters(remove_duplicate=False)
         factors = {p for place in places(module) for p in place.adapter.parameters()}
-        others = {state_key(name): p for name, p in named if p not in factors and not is_lazy(p)}
-        base |= {key: fingerprints.of(key, p) for key, p in others.items() if key not in {*trained, *base, *stored}}
-    base |= {key: fingerprints.of(key, layer.weight, stored=layer) for key, layer in stored.items()}
+        others = {key: stored for key, stored in storages(module).items() if key not in trained}
+        frozen |= {
+            k: stored for k, stored in others.items() if stored.weight not in factors and not is_lazy(stored.weight)
+        }
+    frozen |= read_only_weights(module)
     return SavedRun(
         form=form,
         options=options.to_primitives(),
         adapters=adapters,
         trained=trained,
         idle=sorted(idle),
-        base=base,
+        base={key: fingerprints.of(key, stored) for key, stored in frozen.items()},
         layers={place.name: layer_of(place.host, place.key.rpartition(".")[2]) for place in places(module)},
     )
 
 
-def make_plain(state: State, run: SavedRun, stored: Mapping[str, Storage], module: nn.Module | None = None) -> None:
+def make_plain(state: State, run: SavedRun, module: nn.Module) -> None:
     """Turn ``state``, that of a module whose ``state_dict()`` is merged, into what is written to the file.
 
     Quantised weights become plain, with their increments; in the form ``"adapter"``, what is frozen is left out.
@@ -77,18 +74,18 @@ def make_plain(state: State, run: SavedRun, stored: Mapping[str, Storage], modul
     Args:
         state: Changed in place.
         run: What :func:`describe` returned.
-        stored: The quantised weights of the module that ``state`` was taken of.
-        module: That module while it has adapters; None where it is plain and merged.
+        module: What ``state`` was taken of, with adapters or plain and merged.
     """
+    stored = read_only_weights(module)
     without_extras(state, stored)
     if run.form == "adapter":
         for key in run.base:
             state.pop(key, None)
         state[NOTICE] = torch.empty(0)
         return
-    adapters = {} if module is None else {place.key: place.adapter for place in places(module)}
+    adapters = {place.key: place.adapter for place in places(module)}
     for key in stored.keys() & state.keys():
-        weight = stored[key].dequantized()
+        weight = stored[key].full()
         merged = adapters[key].folded_into(weight) if key in adapters else weight
         state[key] = merged.to(stored[key].dtype)
 
@@ -110,12 +107,12 @@ def merged_shards(state: State, module: nn.Module, run: SavedRun) -> State:
         module: The adapted module.
         run: What :func:`describe` returned.
     """
-    whole = sharded.Whole(state)
+    full = FullState(state)
     for place in places(module):
         for name in place.adapter.state_dict():
-            whole.parts.pop(f"{place.factors}{name}", None)
-    fold(whole, run)
-    return whole.parts
+            full.data.pop(f"{place.factors}{name}", None)
+    fold(full, run)
+    return full.data
 
 
 def fold(state: MutableMapping[str, Any], run: SavedRun) -> None:
@@ -124,10 +121,10 @@ def fold(state: MutableMapping[str, Any], run: SavedRun) -> None:
     for key, adapter in run.by_key(state).items():
         if key in run.base and key in state:  # a full one is on rank 0 alone
             weight = state[key]
-            if isinstance(state, sharded.Whole):  # what it gives has no place of its own
+            if isinstance(state, FullState):  # what it gives has no place of its own
                 folded.clear()
             if weight.data_ptr() not in folded:
-                folded[weight.data_ptr()] = Adapter.from_state(adapter).folded_into(weight)
+                folded[weight.data_ptr()] = Adapter.from_state(adapter).to(weight.device).folded_into(weight)
             state[key] = folded[weight.data_ptr()]
 
 

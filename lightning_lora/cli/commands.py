@@ -19,14 +19,13 @@ from torch import Tensor
 from lightning_lora.adapters import Adapter, AdapterState, draws, initial
 from lightning_lora.adapters.spectrum import core, effective_rank, rank_holding, singular_values
 from lightning_lora.checkpoint.files import WeightFile, read
-from lightning_lora.checkpoint.fingerprints import fingerprint
 from lightning_lora.checkpoint.format import KEY, NUMBERS, SavedRun, cast_as, weight_key
 from lightning_lora.checkpoint.read import base_of
 from lightning_lora.cli.files import Planned, release, write
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.options import Options
 from lightning_lora.naming import plain_name
-from lightning_lora.weights.digest import digest
+from lightning_lora.weights.digest import digest, fingerprint
 
 TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "MixedPrecision", KEY)
 """What a Lightning checkpoint holds to resume, which a merged one cannot."""

@@ -12,7 +12,6 @@ from lightning_lora.hosts.choose import (
     zero_factor,
 )
 from lightning_lora.hosts.host import Host, adopt, release
-from lightning_lora.weights.quantized import storage_of
 
 __all__ = [
     "Host",
@@ -23,6 +22,5 @@ __all__ = [
     "layer_of",
     "release",
     "stacks",
-    "storage_of",
     "zero_factor",
 ]

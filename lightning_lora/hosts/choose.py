@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_lora._compat import convolution_of
 from lightning_lora.hosts import forwards
 from lightning_lora.hosts.host import Forward, Host
-from lightning_lora.weights.quantized import storage_of
+from lightning_lora.weights import storage_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -58,7 +58,7 @@ def exact_forward(module: nn.Module, gradient: str, rescales: bool = False) -> F
     if gradient == "projected" or (rescales and gradient == "merged"):
         return None
     factored = gradient == "factored"
-    if storage_of(module) is not None:
+    if storage_of(module).read_only:
         return forwards.quantized_linear if factored else None
     if "forward" in vars(module) or isinstance(module, NonDynamicallyQuantizableLinear):
         return None
@@ -96,7 +96,7 @@ def layer_of(module: nn.Module, parameter: str) -> str:
     attends = isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight"
     if attends or isinstance(module, NonDynamicallyQuantizableLinear):
         return nn.MultiheadAttention.__name__
-    if storage_of(module) is not None:
+    if storage_of(module).read_only:
         return nn.Linear.__name__
     if isinstance(module, CONVOLUTIONS) and parameter == "weight":
         plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"

@@ -22,9 +22,9 @@ from lightning_lora.errors import LoRAError, warn
 from lightning_lora.gradients import projected
 from lightning_lora.gradients.transforms import is_watched
 from lightning_lora.hosts import lazy
-from lightning_lora.weights import sharded
+from lightning_lora.weights import storage_of
 from lightning_lora.weights.digest import sample
-from lightning_lora.weights.quantized import form, storage_of
+from lightning_lora.weights.sharded import is_shard
 
 Forward = Callable[..., Tensor]
 
@@ -165,7 +165,7 @@ def _reader(name: str) -> Callable[[Host], Tensor]:
 def _read(weight: Tensor, adapter: Adapter, training: bool) -> Tensor:
     if adapter.is_aside:
         return weight
-    if sharded.is_part(weight) or sharded.is_part(adapter.A):
+    if is_shard(weight) or is_shard(adapter.A):
         return weight  # FSDP2 reads and puts back, one after another, what no forward is to see
     if adapter.holds:
         return projected.read(weight, adapter) if is_watched() else weight
@@ -191,7 +191,7 @@ def __setattr__(self: Any, name: str, value: Any) -> None:
     if isinstance(value, Tensor) and isinstance(vars(type(self)).get(name, getattr(type(self), name, None)), property):
         current = self._parameters.get(name)
         if current is not None and current is not value and name in self.adapted():
-            if not sharded.is_part(current) and not sharded.is_part(value):
+            if not is_shard(current) and not is_shard(value):
                 _refuse_assignment(self, value)
             self._parameters[name] = value  # FSDP2 exchanges a parameter's shard and the full one
             return
@@ -222,7 +222,7 @@ def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: boo
     for parameter, adapter in self.adapted().items():
         key = f"{prefix}{parameter}"
         weight = self._parameters[parameter]
-        if not adapter.presents_merged or keep_vars or storage_of(self) is not None:
+        if not adapter.presents_merged or keep_vars or storage_of(self, parameter).read_only:
             continue
         if not adapter.holds and key in destination:
             if adapter.given_was_written():
@@ -257,12 +257,9 @@ def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *a
         adapter.given_was_written()  # and is loaded now
         key, before = f"{prefix}{parameter}", f"{prefix}{self.factors(parameter)}"
         given, own = state_dict.get(key), self._parameters[parameter]
-        stored = storage_of(self)
-        if given is not None and stored is not None and stored.packed and form(given) != form(stored.weight):
-            args[-1].append(  # it would be copied entry by entry, and cut off to whole numbers
-                f"{key} is {given.dtype} in the shape {tuple(given.shape)}, and the module stores it quantised"
-                f" ({stored.name}). Load it into the plain module, and quantise that."
-            )
+        stored = storage_of(self, parameter)
+        if given is not None and (misfit := stored.misfit(given)) is not None:
+            args[-1].append(f"{key} {misfit}")
             state_dict = {name: value for name, value in state_dict.items() if name != key}
             given = None
         names = list(adapter.state_dict())
@@ -271,7 +268,7 @@ def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *a
         if not adapter.presents_merged:
             for name, value in adapter.without_increment(given).items():
                 state_dict[f"{before}{name}"] = value
-        elif stored is not None or _is_merged(given, own, adapter):  # what `state_dict()` gave: not one bit changes
+        elif stored.read_only or _is_merged(given, own, adapter):  # what `state_dict()` gave: not one bit changes
             state_dict[key] = own.detach()
         elif (earlier := _remembered(given, own, adapter)) is not None:
             adapter.recall(earlier)

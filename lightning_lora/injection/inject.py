@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import DECOMPOSITIONS, Adapter
+from lightning_lora.adapters import DECOMPOSITIONS, Adapter, full_adapters
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.hosts import (
     Host,
@@ -20,15 +20,15 @@ from lightning_lora.hosts import (
     is_transposed,
     release,
     stacks,
-    storage_of,
     zero_factor,
 )
 from lightning_lora.injection import targets
 from lightning_lora.injection.layers import Target
 from lightning_lora.injection.options import Options, differences
 from lightning_lora.naming import plain_name, state_key, unwrapped
-from lightning_lora.weights import sharded as shards
-from lightning_lora.weights.quantized import REWRITES, storages, without_extras
+from lightning_lora.weights import Storage, read_only_weights, storage_of
+from lightning_lora.weights.quantized import REWRITES, without_extras
+from lightning_lora.weights.sharded import reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,13 @@ class Place:
     host: Host
     adapter: Adapter
     weight: Tensor
+    root: nn.Module
+    """The module that the adapter was looked for in."""
+
+    @property
+    def stored(self) -> Storage:
+        """Return how the weight is stored."""
+        return storage_of(self.host, self.key.rpartition(".")[2], self.root)
 
     def named_factors(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors of the adapter by their names in the module."""
@@ -120,11 +127,6 @@ def inject_options(module: nn.Module, options: Options) -> Injection:
             " `merge` it before injecting again."
         )
     found = targets.resolve(module, options)
-    if parts := [target.name for target in found.adapted if shards.is_part(target.weight)]:
-        raise LoRAError(
-            f"The weight of {parts[0]!r} is sharded already, and an adapter has to be sharded with it. Call"
-            " `lightning_lora.inject` in `configure_model`, with the options of the callback, before `fully_shard`."
-        )
     owners: dict[str, list[Target]] = {}
     for target in found.adapted:
         owners.setdefault(target.owner, []).append(target)
@@ -155,7 +157,7 @@ def carry(host: nn.Module, adapters: Mapping[str, Adapter], gradient: str) -> No
     # a weight that is tied to an embedding's is stored the other way round than its own layer takes it
     is_own = list(adapters) == ["weight"] and adapters["weight"].transposed == is_transposed(host)
     forward = exact_forward(host, gradient, adapters["weight"].rescales) if is_own else None
-    adopt(host, adapters, forward, read=storage_of(host) is None)
+    adopt(host, adapters, forward, read=not any(storage_of(host, name).read_only for name in adapters))
 
 
 def _finish(
@@ -203,9 +205,8 @@ def _may_nest(encoder: nn.TransformerEncoder) -> bool:
 
 
 def _make(target: Target, options: Options, holds: bool, padding_idx: int | None) -> Adapter:
-    stored = storage_of(target.module)
     return DECOMPOSITIONS[options.decomposition].initial(
-        target.weight if stored is None else stored.dequantized(),
+        target.stored.full(),
         target.rank,
         options.seed,
         target.name,
@@ -241,28 +242,12 @@ def merge(module: nn.Module) -> None:
         raise ValueError(f"{type(module).__name__} has no adapters to merge.")
     for adapter in adapters(module).values():
         adapter.check_followed()
-    sharded = shards.is_sharded(module)
-    shards.reshard(module)
-    found = list({id(place.adapter): place for place in places(module)}.values())
-    stored = storages(module)
-    with torch.no_grad():
-        for place in found:
-            if place.adapter.holds or place.key in stored:
-                continue
-            if sharded:
-                _fold_whole(place)
-            else:
-                place.weight.copy_(place.adapter.folded_into(place.weight))
+    reshard(module)
+    found = [place for place in distinct_places(module) if not place.adapter.holds]
     take_out(module)
-    for place in found:
-        if place.key in stored and place.adapter.delta_weight().any():
-            stored[place.key].make_plain(place.adapter.folded_into(stored[place.key].dequantized()))
-
-
-def _fold_whole(place: Place) -> None:
-    """Fold a sharded increment into its sharded weight as it would be folded into a file."""
-    weight, tensors = shards.Whole({"": place.weight}, in_place=True), shards.Whole(place.adapter.state_dict())
-    weight[""] = place.adapter.with_tensors(tensors).folded_into(weight[""])
+    for place, adapter in zip(found, full_adapters([place.adapter for place in found]), strict=True):
+        if not place.stored.read_only or adapter.delta_weight().any():
+            place.stored.assign(adapter.folded_into(place.stored.full()))
 
 
 @contextmanager
@@ -359,7 +344,6 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """
     by_key = {place.key: place for place in places(module)}
     factors = tuple(place.factors for place in by_key.values())
-    stored = storages(module)
     known: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
@@ -368,14 +352,12 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
         place = by_key.get(key)
         if place is None or place.adapter.holds or place.adapter.presents_merged:
             state[key] = value.detach().cpu()
-        elif key in stored:
-            weight = place.adapter.folded_into(stored[key].dequantized())
-            state[key] = weight.to(stored[key].dtype).cpu()
         else:
             if id(place.adapter) not in known:
-                known[id(place.adapter)] = place.adapter.folded_into(place.weight).cpu()
+                weight = place.adapter.folded_into(place.stored.full())
+                known[id(place.adapter)] = weight.to(place.stored.dtype).cpu()
             state[key] = known[id(place.adapter)]
-    without_extras(state, stored)
+    without_extras(state, read_only_weights(module))
     return state
 
 
@@ -423,6 +405,7 @@ def places(module: nn.Module, remove_duplicate: bool = False) -> Iterator[Place]
                     host=host,
                     adapter=adapter,
                     weight=weight,
+                    root=module,
                 )
 
 
@@ -433,12 +416,11 @@ def merging_errors(module: nn.Module) -> dict[str, tuple[float, float]]:
     the merged weight in the dtype of the rest of the model; it is zero where that is float32. Nothing is quantised
     again. Layers whose increment is zero stay as they are, and are left out.
     """
-    stored = storages(module)
     errors: dict[str, tuple[float, float]] = {}
     for place in places(module):
-        if place.key in stored and place.adapter.delta_weight().any():
-            weight = place.adapter.folded_into(stored[place.key].dequantized())
-            error = (weight - weight.to(stored[place.key].dtype).to(weight.dtype)).abs()
+        if place.stored.read_only and place.adapter.delta_weight().any():
+            weight = place.adapter.folded_into(place.stored.full())
+            error = (weight - weight.to(place.stored.dtype).to(weight.dtype)).abs()
             errors[place.name] = error.max().item(), error.mean().item()
     return errors
 

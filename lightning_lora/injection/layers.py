@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torchmetrics import Metric
 
-from lightning_lora.hosts import Host, is_linear_like, stacks, storage_of
-from lightning_lora.weights.quantized import numel
+from lightning_lora.hosts import Host, is_linear_like, stacks
+from lightning_lora.weights import Storage, storage_of
 
 SUPPORTED = (
     "torch.nn.Linear and what is linear like it, nn.Embedding, Bilinear, Conv1d to 3d, ConvTranspose1d to 3d,"
@@ -61,6 +62,11 @@ class Target:
         return weight
 
     @property
+    def stored(self) -> Storage:
+        """Return how the weight is stored."""
+        return storage_of(self.module, self.parameter)
+
+    @property
     def kind(self) -> str:
         """Return the name of the layer's class."""
         return type(self.layer).__name__
@@ -73,15 +79,14 @@ class Target:
     @property
     def sides(self) -> tuple[int, int]:
         """Return (m, n) of the matrix, as it is stored."""
-        if (stored := storage_of(self.module)) is not None:
-            return stored.shape
-        return tuple((self.weight if stacks(self.layer, self.weight) else self.weight.flatten(1)).shape[-2:])  # type: ignore[return-value]
+        shape = self.stored.shape
+        return shape[-2:] if stacks(self.layer, self.weight) else (shape[0], math.prod(shape[1:]))  # type: ignore[return-value]
 
     @property
     def numel(self) -> int:
         """Return how many entries the weight has; 0 where that is not known."""
         weight = self.module._parameters.get(self.parameter)
-        return 0 if weight is None or isinstance(weight, UninitializedParameter) else numel(weight)
+        return 0 if weight is None or isinstance(weight, UninitializedParameter) else math.prod(self.stored.shape)
 
 
 def joined(owner: str, parameter: str) -> str:
@@ -219,7 +224,8 @@ def obstacle_of(target: Target, gradient: str) -> tuple[str, str] | None:
         return "sparse", f"{name} is sparse ({weight.layout}), and its increment is dense."
     if weight.is_complex():
         return "complex", f"The weight of {name} is {weight.dtype}, and adapters are of real numbers."
-    if storage_of(module) is None and (weight.dim() < 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2):
+    is_real = weight.dim() >= 2 and weight.is_floating_point() and weight.dtype.itemsize >= 2
+    if not is_real and not target.stored.read_only:
         return "quantised", (
             f"The weight of {name} is stored as {weight.dtype} in the shape {tuple(weight.shape)}. Of quantised"
             " weights, those of bitsandbytes' `Linear8bitLt` and `Linear4bit` are supported, and torchao's in a Linear."

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_lora.adapters import DECOMPOSITIONS
 from lightning_lora.errors import LoRAError
-from lightning_lora.hosts import is_linear_like, is_transposed, storage_of
+from lightning_lora.hosts import is_linear_like, is_transposed
 from lightning_lora.injection.layers import (
     SUPPORTED,
     Target,
@@ -26,6 +25,7 @@ from lightning_lora.injection.layers import (
 )
 from lightning_lora.injection.options import KINDS, Options, Rule, matches, matches_pattern, matches_suffix, nearest
 from lightning_lora.naming import plain_name
+from lightning_lora.weights import storage_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _Resolution:
                     hint = nearest(key, (target.name for target in found))
                     raise LoRAError(f"`{option}` has {key!r}, which matches no adapted module.{hint}")
         for target in found:
-            _check_quantized(target, options)
+            _check_storage(target, options)
         found = self._ranked(found)
         if not found:
             raise LoRAError(self._nothing_left(dropped))
@@ -217,17 +217,12 @@ class _Resolution:
         weight = target.module._parameters.get(target.parameter)
         return (
             not self.all_frozen
-            and storage_of(target.module) is None
+            and not target.stored.read_only
             and (weight is not None and weight.is_floating_point() and not weight.requires_grad)
         )
 
     def _is_able(self, target: Target, strict: bool = False) -> bool:
         """Return whether the weight can carry an adapter; if not, leave it out, or raise where ``strict``."""
-        weight = target.module._parameters.get(target.parameter)
-        if isinstance(weight, DTensor):
-            raise LoRAError(
-                f"The weight of {target.name!r} ({target.kind}) is sharded already. Sharded modules are not supported."
-            )
         if (obstacle := obstacle_of(target, self.options.gradient)) is None:
             return True
         if strict:
@@ -344,7 +339,7 @@ class _Resolution:
                 continue
             trained.append(path)
             owner, _, key = path.rpartition(".")
-            if key == "weight" and (stored := storage_of(self.root.get_submodule(owner))) is not None:
+            if key == "weight" and (stored := storage_of(self.root.get_submodule(owner))).read_only:
                 raise LoRAError(
                     f"{path!r} is quantised ({stored.name}) and cannot be trained in full, as `modules_to_save` asks."
                     " Keep that module out of the quantisation, or let it have an adapter."
@@ -505,13 +500,14 @@ def _wrong_ranks(wrong: list[Target], found: list[Target], options: Options) -> 
     )
 
 
-def _check_quantized(target: Target, options: Options) -> None:
+def _check_storage(target: Target, options: Options) -> None:
     """Refuse what needs a weight that can be written to, or have a gradient, if it is quantised."""
-    if (stored := storage_of(target.module)) is None:
-        return
-    what = f"The weight of {target.name!r} ({target.kind}) is quantised ({stored.name})"
+    stored, what = target.stored, f"The weight of {target.name!r} ({target.kind})"
     if (trouble := stored.trouble()) is not None:
-        raise LoRAError(f"The weight of {target.name!r} ({target.kind}) {trouble}.")
+        raise LoRAError(f"{what} {trouble}.")
+    if not stored.read_only:
+        return
+    what += f" is quantised ({stored.name})"
     if DECOMPOSITIONS[options.decomposition].rescales:
         raise LoRAError(
             f"{what}, and `decomposition={options.decomposition!r}` would dequantise it in every step for the norms of"

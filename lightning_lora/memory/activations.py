@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_lora import _compat
 from lightning_lora.hosts import Host
 from lightning_lora.injection.inject import places
-from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.sharded import is_sharded
 
 BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _READS_GRAD = cast(Any, Tensor.grad).__get__
@@ -151,7 +151,7 @@ class Watch(TorchFunctionMode):
         """Why it is not known what full fine-tuning would save."""
         self.blind = ""
         """Why it is not known what the step saves."""
-        self._sharded = module if shards.is_sharded(module) else None
+        self._sharded = module if is_sharded(module) else None
         if self._sharded is not None:
             self.unknown = "FSDP2 exchanges the parameters while a forward runs, and they cannot be followed"
         self._manual, self._trained, self._parameters = manual, trained, set(module.parameters())

@@ -16,8 +16,8 @@ from lightning_lora.injection.inject import places, trained_without
 from lightning_lora.memory.activations import Watch, nbytes, parameters
 from lightning_lora.memory.optimizer_states import Owner, derived_nbytes, measured_nbytes, owners
 from lightning_lora.memory.report import Memory, MemoryReport
-from lightning_lora.weights import sharded as shards
-from lightning_lora.weights.quantized import storages
+from lightning_lora.weights import read_only_weights
+from lightning_lora.weights.sharded import makes_states, reshard
 
 
 class MemoryMeter:
@@ -83,9 +83,9 @@ class MemoryMeter:
         del self._module
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if shards.is_sharded(self._module) and shards.makes_states(optimizer):
+        if makes_states(optimizer):
             return
-        shards.reshard(self._module)
+        reshard(self._module)
         self._stepped.add(optimizer)
         standing = [p.grad for p in parameters(self._module) if p.grad is not None]
         self._gradients = max(self._gradients, nbytes(standing))
@@ -107,7 +107,7 @@ class MemoryMeter:
             state = derived_nbytes((p, owner) for p, owner in own.items() if p.requires_grad)
         projected = standing_gradient(self._module)
         factors = {p for place in places(self._module) for p in place.adapter.parameters()}
-        stored = [tensor for storage in storages(self._module).values() for tensor in storage.tensors()]
+        stored = [tensor for storage in read_only_weights(self._module).values() for tensor in storage.tensors()]
         return MemoryReport(
             Memory(
                 parameters=nbytes([*parameters(self._module), *stored]),

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.adapters.sharded import follow_step
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import Injection, Place, adapters, places
 from lightning_lora.injection.options import Options
 from lightning_lora.steps.resample import check_moments, draw_anew, forget, warn_of_decay
-from lightning_lora.weights import sharded as shards
+from lightning_lora.weights import full_states
+from lightning_lora.weights.sharded import makes_states, reshard
 
 _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 """Adapter -> the optimizers whose steps it follows."""
@@ -66,7 +66,7 @@ def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
             optimizers, or their moments cannot be treated as ``resample_moments`` says. If it is attached already.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    shards.reshard(module)
+    reshard(module)
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     if not any(p in owned for adapter in adapters(module).values() for p in adapter.trained.values()):
         raise ValueError(
@@ -91,7 +91,6 @@ class _Attached:
         """How many parameters each group of the optimizer had when they were last looked through."""
         self._call: FrameType | None = None
         """The call of ``step`` that is followed: one inside it, as of the parent's ``step``, is a part of it."""
-        self._sharded = shards.is_sharded(module)
         self._look_through_groups()
 
     def before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,7 +99,7 @@ class _Attached:
         if _is_running(self._call, caller):
             return None
         self._call = caller
-        shards.reshard(self.module)
+        reshard(self.module)
         self._look_through_groups()
         for follower in self.followers:
             follower.remember(self.optimizer)
@@ -117,11 +116,29 @@ class _Attached:
         self._call = None
         skipped = getattr(self.optimizer, "found_inf", None)
         # set by a GradScaler for a fused optimizer, which skips on the device: without a look at it, nobody knows
-        if (skipped is None or not skipped.item()) and not (self._sharded and shards.makes_states(self.optimizer)):
-            for follower in self.followers:
-                follower.follow(self.optimizer)
+        if (skipped is None or not skipped.item()) and not makes_states(self.optimizer):
+            self._follow()
         for follower in self.followers:
             follower.adapter.set_followed()
+
+    def _follow(self) -> None:
+        """Have all weights follow the step; sharded factors, before and after it, are gathered by one collective."""
+        for follower in self.followers:
+            follower.scale_step()
+        holding = [follower for follower in self.followers if follower.place.host.holds_increment]
+        states = [state for follower in holding for state in (follower.before, follower.adapter.state_dict())]
+        full = full_states(states)
+        drawn: dict[str, dict[Adapter, Adapter]] = {}
+        for follower, before, own, after in zip(holding, full[::2], states[1::2], full[1::2], strict=True):
+            adapter = follower.adapter
+            adapter.steps += 1
+            follower.follow(before, now := adapter.gathered(own, after))
+            if follower.is_drawn():
+                drawn.setdefault(follower.options.resample_moments, {})[adapter] = now
+        for moments, adapters_drawn in drawn.items():
+            draw_anew(adapters_drawn, self.optimizer, moments)
+        for follower in self.followers:
+            follower.before = {}
 
     def release(self) -> None:
         """Follow no adapter any more. What a step changed that an exception ended is given up."""
@@ -182,8 +199,8 @@ class Follower:
         self.place = place
         self.adapter = place.adapter
         self.options = options
-        self._before: tuple[Tensor, ...] = ()
-        self._B = place.adapter.B.detach()
+        self.before: dict[str, Tensor] = {}
+        """The trained tensors before the step, in shards where they are sharded."""
 
     def check(self, optimizer: Optimizer, owned: set[Tensor]) -> None:
         """Raises ``LoRAError`` if ``optimizer`` cannot be followed."""
@@ -218,23 +235,29 @@ class Follower:
         """Keeps what it takes to follow a step that is about to be taken."""
         if self.adapter.resample is not None and self.options.resample_moments == "reset":
             forget(self.adapter, optimizer)
-        if self.place.host.holds_increment:
-            self._before = self.adapter.whole().held()
-        if self.options.lr_ratio is not None:
-            self._B = self.adapter.B.detach().clone()
+        self.before = {name: p.detach().clone() for name, p in self.adapter.trained.items()}
 
     @torch.no_grad()
-    def follow(self, optimizer: Optimizer) -> None:
-        """The step has been taken."""
+    def scale_step(self) -> None:
+        """Take B ``lr_ratio`` times as far as the optimizer took it."""
         if self.options.lr_ratio is not None:
-            self.adapter.B.copy_(self._B + self.options.lr_ratio * (self.adapter.B - self._B))
-        if self.place.host.holds_increment:
-            self.adapter.steps += 1
-            A, B = self._before
-            follow_step(self.adapter, self.place.weight, A, B)
-        if (every := self.options.resample_every_n_steps) is not None and self.adapter.steps % every == 0:
-            draw_anew(self.adapter, optimizer, self.options.resample_moments)
-        self._before = ()
+            B = self.before["B"]
+            self.adapter.B.copy_(B + self.options.lr_ratio * (self.adapter.B - B))
+
+    @torch.no_grad()
+    def follow(self, before: dict[str, Tensor], now: Adapter) -> None:
+        """Take the weight to the increment of the adapter ``now`` from where its trained tensors were ``before``.
+
+        All tensors are full.
+        """
+        A, B = now.with_tensors({**now.state_dict(), **before}).factors()
+        self.place.stored.add_step(lambda weight, rows: now.follow(weight, A, B, rows), now.has_rows)
+        self.adapter.lost = now.lost
+
+    def is_drawn(self) -> bool:
+        """Whether the factors are drawn anew after this step."""
+        every = self.options.resample_every_n_steps
+        return every is not None and self.adapter.steps % every == 0
 
 
 def _places_with_options(module: nn.Module) -> Iterator[tuple[Place, Options]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.adapters.sharded import gathered
 from lightning_lora.errors import LoRAError, warn
-from lightning_lora.weights import sharded as shards
+from lightning_lora.weights import assign, full_states
 from lightning_lora.weights.full_precision import full_precision
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -40,8 +39,8 @@ def warn_of_decay(optimizer: Optimizer, factors: set[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
-    """Draws the factors of ``adapter`` anew, whose increment its weight has kept, and treats the moments of these.
+def draw_anew(drawn: Mapping[Adapter, Adapter], optimizer: Optimizer, moments: str) -> None:
+    """Draws the factors of adapters anew, whose increments their weights have kept, and treats the moments of these.
 
     ``"transfer"``: the gradient of B is s A G^T. With A_new in the place of A, a mean M of such gradients becomes
 
@@ -50,15 +49,26 @@ def draw_anew(adapter: Adapter, optimizer: Optimizer, moments: str) -> None:
     which is A_new times the smallest G^T that A takes to M, and likewise for A with B. Flora (Hao et al., 2024) has
     A_new A^T M, which is n/r times as large. Second moments are replaced by their mean over the r rows: the rows are
     drawn alike, so they have one expectation. Step counts go on. ``"reset"``: all state is forgotten (:func:`forget`).
+
+    Args:
+        drawn: Adapter -> the same with full tensors; itself where it is not sharded.
+        optimizer: The one that has their factors.
+        moments: What becomes of its moments; those that are sharded are gathered by one collective.
     """
-    with gathered(adapter) as whole:
-        A, B = whole.A.detach().clone(), whole.B.detach().clone()
-        whole.drawn_at = whole.steps
-        whole.draw()
-    for factor, old, new in ((adapter.A, B, whole.B), (adapter.B, A, whole.A)):
-        if moments == "transfer" and factor in optimizer.state:
-            with torch.autocast(factor.device.type, enabled=False):  # which is on in a manual optimization's step
-                _transfer(optimizer.state[factor], old, new)
+    transfers: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
+    for adapter, full in drawn.items():
+        A, B = full.A.detach().clone(), full.B.detach().clone()
+        adapter.drawn_at = full.drawn_at = adapter.steps
+        full.draw()
+        if full is not adapter:
+            adapter.load_tensors(full.state_dict())
+        for factor, old, new in ((adapter.A, B, full.B.detach()), (adapter.B, A, full.A.detach())):
+            state = optimizer.state.get(factor, {}) if moments == "transfer" else {}
+            known = {name: state[name] for name in (*FIRST_MOMENTS, *SECOND_MOMENTS) if state.get(name) is not None}
+            transfers.append((known, old, new))
+    for (state, old, new), full_moments in zip(transfers, full_states([state for state, *_ in transfers]), strict=True):
+        with torch.autocast(old.device.type, enabled=False):  # which is on in a manual optimization's step
+            _transfer(state, full_moments, old, new)
 
 
 def forget(adapter: Adapter, optimizer: Optimizer) -> None:
@@ -92,13 +102,11 @@ def _inverse(gram: Tensor) -> Tensor:
 
 
 @full_precision()
-def _transfer(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
+def _transfer(state: dict[str, Tensor], full: dict[str, Tensor], old: Tensor, new: Tensor) -> None:
+    """Carry the moments in ``state``, whose full tensors are ``full``, from the projection ``old`` to ``new``."""
     dtype, old, new = torch.promote_types(old.dtype, torch.float32), old.double(), new.double()
-    for name in FIRST_MOMENTS:
-        if (moment := state.get(name)) is not None:
-            carried = (new @ old.mT @ _inverse(old @ old.mT)).to(dtype) @ shards.whole(moment).to(dtype)
-            shards.write(moment, carried)
-    for name in SECOND_MOMENTS:
-        if (moment := state.get(name)) is not None:
-            mean = shards.whole(moment).mean(-2, keepdim=True)
-            shards.write(moment, mean.expand(moment.shape))
+    for name, moment in full.items():
+        if name in FIRST_MOMENTS:
+            assign(state[name], (new @ old.mT @ _inverse(old @ old.mT)).to(dtype) @ moment.to(dtype))
+        else:
+            assign(state[name], moment.mean(-2, keepdim=True).expand(moment.shape))

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_lora.hosts import storage_of
 from lightning_lora.hosts.view import hide_adapters, hosts, reading_plain, show_adapters
 from lightning_lora.injection.inject import injections_with_owners, places
+from lightning_lora.weights import storage_of
 
 
 def frozen_weights(module: nn.Module) -> dict[Tensor, str]:
@@ -36,7 +36,7 @@ def author_view(module: nn.Module) -> Iterator[set[Tensor]]:
     shown: list[Tensor] = []
     frozen = frozen_weights(module)
     for host in hosts(module):
-        if storage_of(host) is None:  # a quantised weight cannot require a gradient; there A and B stand for it
+        if not storage_of(host).read_only:  # such a weight cannot require a gradient; there A and B stand for it
             hide_adapters(host)
     for weight in frozen:
         if isinstance(weight, UninitializedParameter) or weight.is_floating_point():

@@ -24,7 +24,6 @@ from lightning_lora.injection.inject import adapters, places
 from lightning_lora.injection.options import Options
 from lightning_lora.trainer.instance_hooks import InstanceHooks
 from lightning_lora.trainer.namespaces import WEIGHT_AVERAGING, is_a
-from lightning_lora.weights.quantized import storages
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -82,11 +81,11 @@ class Averages:
     def save(self, checkpoint: dict[str, Any], run: SavedRun, module: nn.Module) -> SavedRun:
         """Make the state dicts in ``checkpoint`` plain, and return ``run`` with the adapters of the average."""
         if self._callback is None or CURRENT not in checkpoint:
-            write.make_plain(checkpoint["state_dict"], run, storages(module), module)
+            write.make_plain(checkpoint["state_dict"], run, module)
             return run
         average = self._average().module
-        write.make_plain(checkpoint["state_dict"], run, storages(average), average)
-        write.make_plain(checkpoint[CURRENT], run, storages(module), module)
+        write.make_plain(checkpoint["state_dict"], run, average)
+        write.make_plain(checkpoint[CURRENT], run, module)
         found = {place.name: place for place in places(average)}
         states = {name: place.adapter.state(place.weight).detached() for name, place in found.items()}
         return dataclasses.replace(run, average=states)

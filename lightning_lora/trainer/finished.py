@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint import write
-from lightning_lora.checkpoint.fingerprints import seen
 from lightning_lora.checkpoint.format import KEY, SavedRun
-from lightning_lora.weights.quantized import storages
+from lightning_lora.weights.digest import seen
 
 
 class Finished:
@@ -46,7 +45,7 @@ class Finished:
         edited = [name for name, before in self._seen.items() if seen(weights[name]) != before]
         if edited:
             run = write.with_new_bases(run, {name: weights[name] for name in edited})
-        write.make_plain(checkpoint["state_dict"], run, storages(module))
+        write.make_plain(checkpoint["state_dict"], run, module)
         if self._optimizer_states is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = self._optimizer_states
         checkpoint[KEY] = run.to_mapping()

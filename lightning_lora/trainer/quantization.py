@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import adapters
 from lightning_lora.trainer.namespaces import is_a
-from lightning_lora.weights.quantized import TorchAO, quantize, storages
+from lightning_lora.weights import read_only_weights
+from lightning_lora.weights.quantized import TorchAO, quantize
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -24,7 +25,7 @@ def quantize_now(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """
     plugin: Any = trainer.precision_plugin
     if is_a(plugin, BitsandbytesPrecision):
-        if not storages(pl_module) and (present := adapters(pl_module)):
+        if not read_only_weights(pl_module) and (present := adapters(pl_module)):
             raise LoRAError(
                 f"{next(iter(present))!r} has an adapter already, and BitsandbytesPrecision would put a layer without"
                 " one in its place. Leave the injection to the callback, or make the layers in `configure_model`, where"
@@ -32,10 +33,10 @@ def quantize_now(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             )
         plugin.convert_module(pl_module)
     if is_a(trainer.strategy, DDPStrategy):
-        for key, stored in storages(pl_module).items():
+        for key, stored in read_only_weights(pl_module).items():
             if isinstance(stored, TorchAO):
                 raise LoRAError(
                     f"{key!r} is a {stored.name} of torchao, which torch's DistributedDataParallel cannot send to other"
                     " processes. Use one device, or quantise by bitsandbytes."
                 )
-    quantize(pl_module, trainer.strategy.root_device)
+    quantize(read_only_weights(pl_module).values(), trainer.strategy.root_device)

@@ -40,8 +40,9 @@ from lightning_lora.trainer.instance_hooks import InstanceHooks
 from lightning_lora.trainer.namespaces import is_a
 from lightning_lora.trainer.optimizers import Substitution, find_optimizers, old_order, refuse_hooked
 from lightning_lora.trainer.watch import Watch
-from lightning_lora.weights import sharded
-from lightning_lora.weights.quantized import storage_of, storages, torch_linear
+from lightning_lora.weights import read_only_weights
+from lightning_lora.weights.quantized import torch_linear
+from lightning_lora.weights.sharded import is_sharded
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -259,7 +260,7 @@ class Run:
                 " (`Model.load_from_checkpoint(file)`, or `load_state_dict` in `__init__`), and call `fit` without"
                 " `ckpt_path`."
             )
-        if sharded.is_sharded(self.module):
+        if is_sharded(self.module):
             if self.before:
                 support.check_complete(self.trainer, self.module)
             read.restore_shards(checkpoint, self.module, self.callback.exact_resume, self.before)
@@ -296,7 +297,7 @@ class Run:
         self.undo_substitutions()
         frozen = self._frozen()
         shown = self.is_sharded  # A and B were among the parameters that the author's code saw
-        hidden = [place for place in places(module) if not shown and storage_of(place.host) is None]
+        hidden = [place for place in places(module) if not shown and not place.stored.read_only]
         trained = {place.weight: place.named_factors() for place in hidden}
         for optimizer in optimizers:
             self.substitutions.append(Substitution(optimizer, trained, frozen))
@@ -309,7 +310,8 @@ class Run:
         """Return the frozen weights that leave the optimizers: not those that the resumed run has unfrozen."""
         unfrozen = self._unfrozen_before()
         frozen = frozen_weights(self.module)
-        frozen |= {layer.weight: key for key, layer in storages(self.module).items()}  # which nothing can train
+        for key, stored in read_only_weights(self.module).items():  # which nothing can train
+            frozen[stored.weight] = key
         return {p: name for p, name in frozen.items() if p not in unfrozen}
 
     def _unfrozen_before(self) -> set[Tensor]:
@@ -420,14 +422,14 @@ class Run:
             for place in places(module):
                 place.adapter.check_followed()
             saved = write.describe(module, self.options, self.callback.checkpoint, self.fingerprints, self.idle)
-            if sharded.is_sharded(module):
+            if is_sharded(module):
                 checkpoint["state_dict"] = write.merged_shards(checkpoint["state_dict"], module, saved)
             else:
                 saved = self.averages.save(checkpoint, saved, module)
             checkpoint[KEY] = saved.to_mapping()
             self._tell_rewritten()
         original(checkpoint)
-        if saved is not None and KEY in checkpoint and not sharded.is_sharded(module):
+        if saved is not None and KEY in checkpoint and not is_sharded(module):
             self._tell_incomplete(write.missing_weights(checkpoint.get("state_dict", {}), saved))
 
     def _tell_incomplete(self, missing: list[str]) -> None:
@@ -513,7 +515,7 @@ class Run:
         self.stop_meter()
         self.forget_loading()
         self._strategy_hooks.remove()
-        if adapters(module) and sharded.is_sharded(module):
+        if adapters(module) and is_sharded(module):
             # the optimizer's state is saved by names in the module: adapters stay until `merge`, and files are merged
             self.hooks.remove(but="on_save_checkpoint")
             return error

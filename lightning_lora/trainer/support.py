@@ -28,7 +28,7 @@ from lightning_lora.errors import LoRAError, listed
 from lightning_lora.injection.inject import Injection, adapters, places
 from lightning_lora.injection.options import Options
 from lightning_lora.trainer.namespaces import is_a
-from lightning_lora.weights import sharded as shards
+from lightning_lora.weights.sharded import is_shard
 
 AVERAGED = (
     "it averages A and B into a module of its own, after training, and keeps no average in files; `WeightAveraging` and"
@@ -115,7 +115,7 @@ def refuse_unsharded(strategy: ModelParallelStrategy, options: Options, form: st
 def check_sharded(pl_module: pl.LightningModule) -> None:
     """Check that every adapter is sharded, so that its gradients are reduced over the processes."""
     for name, adapter in adapters(pl_module).items():
-        if not all(shards.is_part(p) for p in adapter.trained.values()):
+        if not all(is_shard(p) for p in adapter.trained.values()):
             raise LoRAError(
                 f"The adapter of {name!r} is not sharded, so each process would train one of its own. In"
                 f" `configure_model`, call `fully_shard` on {name!r} or a module round it, after `inject`."

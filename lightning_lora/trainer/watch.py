@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_lora.checkpoint.fingerprints import seen
 from lightning_lora.errors import LoRAError, listed, warn
-from lightning_lora.hosts import storage_of
 from lightning_lora.injection.inject import adapters, places
 from lightning_lora.trainer import support
 from lightning_lora.trainer.author_view import frozen_weights
 from lightning_lora.trainer.optimizers import Substitution
+from lightning_lora.weights import storage_of
+from lightning_lora.weights.digest import seen
 
 
 class Watch:
@@ -127,7 +127,7 @@ class Watch:
         trained: set[Any] = {p for optimizer in self._optimizers for g in optimizer.param_groups for p in g["params"]}
         trained |= {p for adapter in self._adapters.values() for p in adapter.parameters()}
         for child in module.modules():
-            if storage_of(child) is not None:  # bitsandbytes casts the biases of its layers in their forward
+            if storage_of(child).read_only:  # bitsandbytes casts the biases of its layers in their forward
                 trained |= set(child.parameters(recurse=False))
         others = {name: p for name, p in module.named_parameters() if p not in trained and not is_lazy(p)}
         return {name: p for name, p in others.items() if type(p.data) is Tensor and p.is_floating_point()}

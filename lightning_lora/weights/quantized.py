@@ -10,42 +10,34 @@ import copy
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_lora.naming import state_key
-from lightning_lora.weights.digest import digest
+from lightning_lora.weights.digest import digest, seen
+from lightning_lora.weights.storage import Storage
 
 
-class Storage:
-    """How one layer stores its weight W0.
+class Quantized(Storage):
+    """The weight W0 of a Linear, quantised, or to be so when it is moved to its device."""
 
-    Args:
-        layer: A Linear with a quantised weight, or one that is quantised when it is moved to its device.
-        dtype: That of the plain weight; by default what the library notes.
-    """
-
-    name: str
-    own: tuple[str, ...] = ()
+    read_only = True
+    own: ClassVar[tuple[str, ...]] = ()
     """Attributes of the layer that a plain Linear does not have."""
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype | None = None) -> None:
-        self.layer = layer
-        self.dtype = dtype or self.noted_dtype()
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the rest of the model: what the library notes is older than a cast of the model."""
+        found = None if self.root is None else _dtype_of_the_rest(self.root)
+        return self.noted_dtype() if found is None else found
 
     @property
-    def weight(self) -> Any:
-        """What stands in the place of the weight."""
-        return self.layer._parameters["weight"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of the plain weight."""
-        return self.layer.out_features, self.layer.in_features
+    def shape(self) -> tuple[int, ...]:
+        layer = cast(nn.Linear, self.module)
+        return layer.out_features, layer.in_features
 
     @property
     def packed(self) -> bool:
@@ -56,16 +48,8 @@ class Storage:
         """The dtype of the weight that was quantised, as far as the library notes it."""
         return torch.float32
 
-    def trouble(self) -> str | None:
-        """Why the layer cannot be trained through, where it cannot."""
-        return None
-
-    def tensors(self) -> list[Tensor]:
-        """All that is stored of the weight; what it takes in memory, and what its fingerprint is of."""
-        raise NotImplementedError
-
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
+    def full(self) -> Tensor:
         """W0 (m, n) in float32, a tensor of its own."""
         if not self.packed:
             return self.weight.detach().to(torch.float32, copy=True)
@@ -73,6 +57,30 @@ class Storage:
 
     def _dequantized(self) -> Tensor:
         raise NotImplementedError
+
+    @torch.no_grad()
+    def assign(self, value: Tensor) -> None:
+        """Make the layer a plain :class:`torch.nn.Linear` for good: no value can be stored as exactly."""
+        layer, dtype = cast(nn.Linear, self.module), self.dtype
+        layer.__class__ = nn.Linear
+        layer.weight = nn.Parameter(value.to(dtype), requires_grad=False)
+        if layer.bias is not None:  # which bitsandbytes casts to the dtype it computes in
+            layer.bias.data = layer.bias.data.to(dtype)
+        for name in self.own:
+            layer.__dict__.pop(name, None)
+        layer._load_state_dict_pre_hooks.clear()  # those of the library, which quantise, or look for what it stores
+        layer._load_state_dict_post_hooks.clear()
+
+    def misfit(self, value: Tensor) -> str | None:
+        if not self.packed or _form(value) == _form(self.weight):
+            return None
+        return (  # it would be copied entry by entry, and cut off to whole numbers
+            f"is {value.dtype} in the shape {tuple(value.shape)}, and the module stores it quantised ({self.name})."
+            " Load it into the plain module, and quantise that."
+        )
+
+    def seen(self) -> tuple[Any, ...]:
+        return seen(self.tensors()[0])
 
     def fingerprint(self) -> str:
         """The dtype and shape of the plain weight, how it is stored, and the SHA-256 of all that is stored."""
@@ -86,25 +94,16 @@ class Storage:
         digests = "".join(digest(tensor) for tensor in self.tensors())
         return f"{self.name}:{hashlib.sha256(digests.encode()).hexdigest()}"
 
-    @torch.no_grad()
-    def make_plain(self, weight: Tensor) -> None:
-        """Makes the layer a plain :class:`torch.nn.Linear` with ``weight`` for good: it cannot be stored as exactly."""
-        layer = self.layer
-        layer.__class__ = nn.Linear
-        layer.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
-        if layer.bias is not None:  # which bitsandbytes casts to the dtype it computes in
-            layer.bias.data = layer.bias.data.to(self.dtype)
-        for name in self.own:
-            layer.__dict__.pop(name, None)
-        layer._load_state_dict_pre_hooks.clear()  # those of the library, which quantise, or look for what it stores
-        layer._load_state_dict_post_hooks.clear()
 
-
-class Int8(Storage):
+class Int8(Quantized):
     """bitsandbytes' ``Linear8bitLt``: whole numbers, and the largest entry of each row."""
 
     name = "int8"
     own = ("state", "index")
+
+    @classmethod
+    def stores(cls, module: nn.Module, parameter: str) -> bool:
+        return _is_bitsandbytes(module, parameter, "Linear8bitLt") and not cast(Any, module).state.has_fp16_weights
 
     @property
     def packed(self) -> bool:
@@ -112,7 +111,7 @@ class Int8(Storage):
 
     def _scales(self) -> Tensor:
         scales = getattr(self.weight, "SCB", None)  # which the first forward moves
-        return cast(Any, self.layer).state.SCB if scales is None else scales
+        return cast(Any, self.module).state.SCB if scales is None else scales
 
     def tensors(self) -> list[Tensor]:
         return [self.weight.data, self._scales()] if self.packed else [self.weight.data]
@@ -121,10 +120,14 @@ class Int8(Storage):
         return self.weight.data.float() * (self._scales().float() * (1 / 127))[:, None]  # as in its kernels
 
 
-class FourBit(Storage):
+class FourBit(Quantized):
     """bitsandbytes' ``Linear4bit``: places in a table, and the largest entry of each block, itself quantised or not."""
 
     own = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu")
+
+    @classmethod
+    def stores(cls, module: nn.Module, parameter: str) -> bool:
+        return _is_bitsandbytes(module, parameter, "Linear4bit")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -133,7 +136,7 @@ class FourBit(Storage):
     @property
     def state(self) -> Any:
         state = getattr(self.weight, "quant_state", None)
-        return getattr(self.layer, "quant_state", None) if state is None else state
+        return getattr(self.module, "quant_state", None) if state is None else state
 
     @property
     def packed(self) -> bool:
@@ -165,11 +168,16 @@ class FourBit(Storage):
         return sys.modules["bitsandbytes"].functional.dequantize_4bit(self.weight.data.view(-1, 1), state)
 
 
-class TorchAO(Storage):
+class TorchAO(Quantized):
     """A Linear whose weight is one of torchao's tensors."""
 
     own = ("extra_repr",)
     packed = True
+
+    @classmethod
+    def stores(cls, module: nn.Module, parameter: str) -> bool:
+        weight = module._parameters.get(parameter) if isinstance(module, nn.Linear) else None
+        return weight is not None and type(weight.data).__module__.startswith("torchao.")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -199,12 +207,17 @@ class TorchAO(Storage):
             return True
         if not is_quantized(expected):
             return False
-        cast_to = copy.copy(self.layer)
+        cast_to = copy.copy(self.module)
         cast_to._parameters = {"weight": nn.Parameter(self.weight.data.to(_dtype_of(expected)), requires_grad=False)}
-        return Storage.has(TorchAO(cast_to), expected)
+        return Quantized.has(TorchAO(cast_to), expected)
 
 
-def form(tensor: Any) -> tuple[Any, ...]:
+def _is_bitsandbytes(module: nn.Module, parameter: str, kind: str) -> bool:
+    found = getattr(sys.modules.get("bitsandbytes.nn"), kind, None)
+    return found is not None and isinstance(module, found) and parameter == "weight"
+
+
+def _form(tensor: Any) -> tuple[Any, ...]:
     """Return what two tensors share of which one can be copied into the other."""
     return hasattr(tensor, "__tensor_flatten__"), tensor.dtype, tensor.shape
 
@@ -226,49 +239,14 @@ def is_quantized(expected: str) -> bool:
     return expected.count(":") == 3
 
 
-def storage_of(module: nn.Module, dtype: torch.dtype | None = None) -> Storage | None:
-    """How ``module`` stores its weight; None for every layer with a weight of floating point."""
-    bnb: Any = sys.modules.get("bitsandbytes.nn")
-    if bnb is not None and hasattr(bnb, "Linear4bit"):
-        if isinstance(module, bnb.Linear4bit):
-            return FourBit(module, dtype)
-        if isinstance(module, bnb.Linear8bitLt) and not cast(Any, module).state.has_fp16_weights:
-            return Int8(module, dtype)
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.Linear) and weight is not None and type(weight.data).__module__.startswith("torchao."):
-        return TorchAO(module, dtype)
-    return None
-
-
-def storages(root: nn.Module) -> dict[str, Storage]:
-    """Key in the state of ``root`` -> how it is stored, for every quantised weight, under each of its names.
-
-    The plain weight has the dtype of the rest of the model: what the library notes is older than a cast of the model.
-    """
-    found = [
-        (f"{state_key(path)}.weight".lstrip("."), module)
-        for path, module in root.named_modules(remove_duplicate=False)
-        if storage_of(module) is not None
-    ]
-    dtype = _dtype_of_the_rest(root, {module for _, module in found}) if found else None
-    return {key: cast(Storage, storage_of(module, dtype)) for key, module in found}
-
-
-def _dtype_of_the_rest(root: nn.Module, quantized: set[nn.Module]) -> torch.dtype | None:
-    """That of the first parameter of floating point in ``root`` which is in no quantised layer and no adapter."""
-    left_out = quantized | {child for module in root.modules() for child in _adapter(module)}
-    for module in root.modules():
-        if module not in left_out:
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    return parameter.dtype
-    return None
-
-
-def _adapter(module: nn.Module) -> Iterator[nn.Module]:
-    lora = module._modules.get("lora")
-    if hasattr(module, "holds_increment") and lora is not None:
-        yield from lora.modules()
+def _dtype_of_the_rest(root: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter of floating point in ``root`` that is in no quantised layer and no adapter."""
+    if not any(kind.stores(root, "weight") for kind in (FourBit, Int8, TorchAO)):
+        for parameter in root._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter.dtype
+    children = (child for name, child in root.named_children() if not (name == "lora" and hasattr(root, "adapted")))
+    return next((dtype for child in children if (dtype := _dtype_of_the_rest(child)) is not None), None)
 
 
 REWRITES = "support_avx512bf16_for_cpu"
@@ -288,11 +266,11 @@ def without_extras(state: dict[str, Any], stored: Mapping[str, Storage]) -> None
             state[f"{layer}bias"] = bias.to(dtype)
 
 
-def quantize(root: nn.Module, device: torch.device) -> None:
+def quantize(stored: Iterable[Storage], device: torch.device) -> None:
     """Moves to ``device`` the layers that bitsandbytes quantises when they are moved there for the first time."""
-    for stored in {id(stored.layer): stored for stored in storages(root).values()}.values():
-        if not stored.packed and not stored.weight.is_meta:
-            stored.layer.to(device)
+    for weight in stored:
+        if isinstance(weight, Quantized) and not weight.packed and not weight.weight.is_meta:
+            weight.module.to(device)
 
 
 @contextlib.contextmanager

@@ -23,11 +23,12 @@ from lightning_lora.checkpoint.peft.layouts import (
     of_lower_rank,
 )
 from lightning_lora.errors import LoRAError, listed, warn
-from lightning_lora.hosts import layer_of, stacks, storage_of
+from lightning_lora.hosts import layer_of, stacks
 from lightning_lora.injection.inject import Injection, adapters, distinct_places, inject_options
 from lightning_lora.injection.layers import output_heads
 from lightning_lora.injection.options import Options
 from lightning_lora.naming import plain_name, unwrapped
+from lightning_lora.weights import storage_of
 
 OF_RUN = ("dropout", "gradient", "resample", "resample_moments", "lr_ratio", "adapter_dtype", "seed")
 FROM_FILES = tuple(field.name for field in dataclasses.fields(Options) if field.name not in OF_RUN)
@@ -206,8 +207,7 @@ class _Import:
         self, target: str, key: str, layer: str, child: nn.Module, tensors: dict[str, Tensor], times: int = 1
     ) -> None:
         """Take ``tensors``, which PEFT calls ``target``, for the weight ``key``, ``times`` the product."""
-        stored = storage_of(child)
-        shape = self.weights[f"{self.root}{key}"].shape if stored is None else stored.shape
+        shape = storage_of(child, key.rpartition(".")[2]).shape
         wanted = {*kinds(layer), *(("lora_magnitude_vector",) if self.config.use_dora else ())}
         if tensors.keys() != wanted:
             raise self._unfit(target, f"it has {listed(tensors)}, and a {layer} {listed(sorted(wanted))}")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import Adapter, full_adapters
 from lightning_lora.checkpoint.files import File, read, safetensors
 from lightning_lora.checkpoint.format import SavedRun, weight_key
 from lightning_lora.checkpoint.peft.config import Config, rule_for, usual_and_pattern
@@ -33,7 +33,8 @@ from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts import layer_of
 from lightning_lora.injection.inject import injections, places, trained_besides
 from lightning_lora.naming import plain_name, state_key, unwrapped
-from lightning_lora.weights import sharded
+from lightning_lora.weights import full_states
+from lightning_lora.weights.sharded import reshard
 
 
 def save_peft(
@@ -106,27 +107,25 @@ class _Source:
 
 def _of_module(module: nn.Module) -> _Source:
     module = unwrapped(module)
-    sharded.reshard(module)
+    reshard(module)
     found = list(places(module))
     if not found:
         raise LoRAError(
             f"{type(module).__name__} has no adapters. After `fit` they are merged into the weights: give"
             " `save_peft` the checkpoint file of the run, which has them."
         )
-    whole = {id(place.adapter): place.adapter.whole() for place in found}
+    full = full_adapters([place.adapter for place in found])
     factors = {tensor for place in found for tensor in (*place.adapter.parameters(), *place.adapter.buffers())}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     known = {plain_name(state_key(name)): tensor for name, tensor in named if tensor not in factors}
     trained = [plain_name(name) for name in trained_besides(module)]
     return _Source(
         {
-            plain_name(place.key): _Increment(
-                whole[id(place.adapter)], layer_of(place.host, place.key.rpartition(".")[2])
-            )
-            for place in found
+            plain_name(place.key): _Increment(adapter, layer_of(place.host, place.key.rpartition(".")[2]))
+            for place, adapter in zip(found, full, strict=True)
         },
         trained,
-        {key: sharded.whole(known[key]) for key in known if key in trained or _is_statistic(key)},
+        full_states([{key: known[key] for key in known if key in trained or _is_statistic(key)}])[0],
         list(known),
         next(injections(module)).options.to_primitives(),
         next((name for child in module.modules() if (name := _pretrained_name(child))), None),
