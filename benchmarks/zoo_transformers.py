@@ -116,6 +116,8 @@ def loss_of(outputs: list[Tensor]) -> Tensor:
 def apart(first: list[Tensor], second: list[Tensor]) -> float:
     """Return the largest difference, over the largest entry of its tensor."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(first, second, strict=True) if a.numel()]
+    if any(a.shape != b.shape for a, b in pairs):  # of a length that the model predicts
+        return float("inf")
     return max(((a - b).abs().max() / a.abs().max().clamp_min(1e-6)).item() for a, b in pairs)
 
 
@@ -195,6 +197,7 @@ def page(results: Mapping[str, Any]) -> str:
     failed = {kind: found for kind, found in measured.items() if not passes(found)}
     errors = {kind: found for kind, found in results.items() if isinstance(found, str) and found.startswith("error")}
     worst = {name: max(found[name] for found in measured.values()) for name in BOUNDS}
+    passed = len(measured) - len(failed)
     rest = len(results) - len(measured) - len(errors)
     lines = [
         "# Architectures",
@@ -203,7 +206,7 @@ def page(results: Mapping[str, Any]) -> str:
         f"model type of transformers {transformers.__version__}, injects adapters with the default options in each of",
         "the three gradient modes, takes two steps, and merges.",
         "",
-        f"- **{len(measured) - len(failed)} of {len(measured) + len(errors)} types pass every check.** {rest}",
+        f"- **{passed} of {len(measured) + len(errors)} types pass every check.** {rest}",
         "  others have no model of their own, or are too large or too particular for the program to make them small.",
         f"- Output after injection against before: {worst['injected']:.0e} of the largest entry at most. It is not zero",
         "  where torch chooses another kernel for a frozen weight.",
