@@ -49,7 +49,12 @@ class Model(LightningModule):
 
 def fit(folder: Path, peft: bool, callbacks: list[Any], epochs: int, file: Path | None = None) -> Trainer:
     data = DataLoader(torch.randint(256, (16, 16), generator=torch.Generator().manual_seed(1)), batch_size=4)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, **quiet)
     trainer.fit(Model(peft), data, ckpt_path=file)
     return trainer
