@@ -1,7 +1,7 @@
 """Says what a Trainer's run leaves behind with full fine-tuning, with PEFT and with the callback.
 
-A Llama of two layers is trained for two epochs of four steps by AdamW, on the CPU. No time is measured, so the numbers are the same on
-any machine but for the last digits of the differences.
+A Llama of two layers is trained for two epochs of four steps by AdamW, on the CPU. No time is measured, so the numbers
+are the same on any machine, but for the last digits of the differences.
 
     python benchmarks/beside_peft.py
 """
