@@ -210,11 +210,14 @@ def page(made: dict[str, dict[str, str]]) -> str:
 
 HEAD = """# What works with what
 
-This page is made by `python tests/support.py` of what came of real runs on the CPU, and a test runs them again and
-compares. ✓ in a table: in every precision named above it, three optimizer steps move every adapter; a file saved after
-the first loads strictly into the plain model where it is one file with merged weights; and the run that resumes from it
-ends with the same bits in all parameters and optimizer states. A number: it is refused, with the sentence below by that
-number. Runs by many processes had two (gloo)."""
+`python tests/support.py` makes this page from real runs on the CPU, and a test compares it with new runs. The marks:
+
+- **✓**, in every precision named above the table: three optimizer steps move every adapter. A file is saved after the
+  first. If it is one file with merged weights, it loads strictly into the plain model. The run that resumes from it
+  ends with the same bits in all parameters and optimizer states.
+- **A number**: it is refused, with the sentence of that number below.
+
+Runs by several processes had two (gloo)."""
 
 
 def others() -> list[str]:

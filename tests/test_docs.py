@@ -1,6 +1,8 @@
 """The programs in the documentation run, and its links lead somewhere."""
 
+import importlib
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,17 @@ def test_links_to_files_lead_to_files(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" not in target and not target.startswith(("#", "mailto:")):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_functions_of_the_page_on_the_article_exist():
+    named = re.findall(r"`([\w/]+)\.py:([\w.]+)`", (ROOT / "docs" / "article.md").read_text())
+    assert len(named) > 15
+    for file, function in named:
+        module = importlib.import_module(f"lightning_lora.{file.replace('/', '.')}")
+        assert callable(reduce(getattr, function.split("."), module))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_repository_that_a_page_names_exist(page):
+    for name in re.findall(r"`(?:python )?((?:tests|benchmarks|examples|studies|docs)/[\w/]+\.\w+)", page.read_text()):
+        assert (ROOT / name).exists(), name
