@@ -314,7 +314,7 @@ class Adapter(nn.Module):
         return self.delta(*self.increment(), dtype)
 
     def delta(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        """``scale * B.T @ A`` in the weight's layout, of all its rows or some, at least in ``dtype``; differentiable."""
+        """``scale * B.T @ A`` in the weight's layout, all rows or some, at least in ``dtype``; differentiable."""
         dtype = torch.promote_types(A.dtype, dtype)
         A, B = A.to(dtype), B.to(dtype)
         with torch.autocast(A.device.type, enabled=False):
