@@ -87,6 +87,10 @@ def layer(side: int, rounds: int) -> dict[str, Any]:
             module.requires_grad_(True)
         step = adapted_step(module, lambda module=module: module(x).square().mean(), options)
         found[f"step, {mode}"] = timed(step, rounds)
+        if mode == "factored":
+            (adapter,) = lightning_lora.adapters(module).values()
+            fold = functools.partial(adapter.folded_into, module[0]._parameters["weight"])
+            found["W is formed for a file"] = timed(fold, rounds)
         if mode == "merged":
             (adapter,) = lightning_lora.adapters(module).values()
             weight, before = module[0]._parameters["weight"], adapter.held()
