@@ -8,7 +8,8 @@
 for a whole step on 32 rows, in each mode. ``step``: the same of a Llama of random weights in bfloat16 on 32 tokens,
 beside the frozen model's forward and backward. Quartiles. ``save``: seconds of ``Trainer.save_checkpoint``, and the
 peak of the memory that the process holds meanwhile above what it held before, in MiB; the first save and the median of
-the next. Each mode of a model has a process of its own. ``--cpu`` counts the seconds of the process and not of the
+the next; and the ratios, in quartiles, to a file of the same weights without adapters, written right after in the same
+process. Each mode of a model has a process of its own. ``--cpu`` counts the seconds of the process and not of the
 clock, with one thread, where other work disturbs.
 """
 
@@ -86,6 +87,10 @@ def layer(side: int, rounds: int) -> dict[str, Any]:
             module.requires_grad_(True)
         step = adapted_step(module, lambda module=module: module(x).square().mean(), options)
         found[f"step, {mode}"] = timed(step, rounds)
+        if mode == "factored":
+            (adapter,) = lightning_lora.adapters(module).values()
+            fold = functools.partial(adapter.folded_into, module[0]._parameters["weight"])
+            found["W is formed for a file"] = timed(fold, rounds)
         if mode == "merged":
             (adapter,) = lightning_lora.adapters(module).values()
             weight, before = module[0]._parameters["weight"], adapter.held()
@@ -132,7 +137,7 @@ def save(size: str, mode: str, rounds: int) -> dict[str, Any]:
     import lightning.pytorch as pl
 
     tokens = torch.randint(SIZES[size]["vocabulary"], (1, 32), generator=torch.Generator().manual_seed(0))
-    seconds, peaks = [], []
+    seconds, peaks, ratios = [], [], []
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -151,13 +156,18 @@ def save(size: str, mode: str, rounds: int) -> dict[str, Any]:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
         def on_train_batch_end(self, *_: Any) -> None:
+            plain = {"state_dict": {name: p.detach() for name, p in self.named_parameters() if ".lora" not in name}}
             with tempfile.TemporaryDirectory() as folder:
+                self.trainer.strategy.save_checkpoint(plain, Path(folder) / "plain.ckpt")
                 for _ in range(rounds + 1):
                     with Peak() as peak:
                         start = CLOCK()
                         self.trainer.save_checkpoint(Path(folder) / "saved.ckpt")
                         seconds.append(CLOCK() - start)
                     peaks.append(peak.mebibytes)
+                    start = CLOCK()
+                    self.trainer.strategy.save_checkpoint(plain, Path(folder) / "plain.ckpt")
+                    ratios.append(seconds[-1] / (CLOCK() - start))
 
     callbacks = [] if mode == "plain" else [lightning_lora.LoRA(**MODES[mode], log_memory=False)]
     trainer = pl.Trainer(
@@ -174,8 +184,12 @@ def save(size: str, mode: str, rounds: int) -> dict[str, Any]:
     )
     trainer.fit(Module(), torch.utils.data.DataLoader([0]))
     return {
-        "first": {"seconds": seconds[0], "peak": peaks[0]},
-        "next": {"seconds": statistics.median(seconds[1:]), "peak": statistics.median(peaks[1:])},
+        "first": {"seconds": seconds[0], "peak": peaks[0], "over plain": ratios[0]},
+        "next": {
+            "seconds": statistics.median(seconds[1:]),
+            "peak": statistics.median(peaks[1:]),
+            "over plain": statistics.quantiles(ratios[1:], n=4),
+        },
     }
 
 

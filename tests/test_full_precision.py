@@ -101,3 +101,32 @@ def test_a_weight_holds_its_increment_to_full_precision_whatever_the_models_prod
         optimizer.step()
     expected = W0.double() + adapter.delta_weight(torch.float64)
     assert (module[0]._parameters["weight"] - expected).abs().max() < 1e-4
+
+
+class NormalizedRows(nn.Linear):
+    """Reads its weight, so that in factored mode W is formed."""
+
+    def forward(self, x):
+        return x + (self.weight / self.weight.norm(dim=1, keepdim=True)).sum(0)
+
+
+@pytest.mark.parametrize("decomposition", ["product", "additive", "dora"])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_weight_formed_where_it_is_read_is_the_merged_one_whatever_the_models_products(decomposition, precision):
+    torch.manual_seed(0)
+    module = nn.Sequential(NormalizedRows(64, 64))
+    inject(module, rank=16, decomposition=decomposition, target_modules=["0"])
+    (adapter,) = adapters(module).values()
+    for p in adapter.trained.values():
+        nn.init.uniform_(p, 0.5, 1.5)
+    x = torch.randn(3, 64)
+    torch.set_float32_matmul_precision(precision)
+    with Products() as products:
+        y = module(x)
+        y.square().sum().backward()  # forms W again
+        W = module[0].weight * 1
+    assert "highest" in products.seen
+    assert torch.get_float32_matmul_precision() == precision
+    merge(module)
+    torch.testing.assert_close(W.detach(), module[0].weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y.detach(), module(x).detach(), rtol=1e-5, atol=1e-5)

@@ -352,12 +352,12 @@ class Adapter(nn.Module):
         return self.delta(*self.increment(), dtype)
 
     def delta(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        """``scale * B.T @ A`` in the weight's layout and shape, at least in ``dtype``; differentiable."""
+        """``scale * B.T @ A`` in the weight's layout, all rows or some, at least in ``dtype``; differentiable."""
         dtype = torch.promote_types(A.dtype, dtype)
         A, B = A.to(dtype), B.to(dtype)
         with torch.autocast(A.device.type, enabled=False):
             delta = self.scale * (A.mT @ B if self.transposed else B.mT @ A)
-        return delta.view(self.shape)
+        return delta.view(-1, *self.shape[1:])
 
     def by_rows(self, gain: Tensor) -> Tensor:
         """``gain``, (m,) or (k, m), as it can be multiplied with a tensor of the weight's shape."""
@@ -369,8 +369,25 @@ class Adapter(nn.Module):
         """W = W0 + delta in the dtype of W0, rounded once from at least float32; W0 itself where delta is zero."""
         if self._is_zero():
             return weight.detach().clone()  # not W0 + 0, which would turn -0.0 into 0.0
-        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+        return self._rounded_once(weight, lambda W0, delta, _: W0 + delta)
+
+    def _rounded_once(self, weight: Tensor, formula: Callable[[Tensor, Tensor, slice], Tensor]) -> Tensor:
+        """Return ``formula(weight, delta, rows)``, of at least float32, in the dtype and shape of ``weight``.
+
+        A product is formed some rows at a time: on the CPU these stay in its cache, and no device holds all of delta.
+        """
+        whole, dtype, result = self.whole(), self._sum_dtype(weight), torch.empty_like(weight)
+        in_parts = type(self).formed is Adapter.formed
+        each = _rows_at_a_time(weight) if in_parts else max(1, len(weight))
+        factors = whole.increment() if in_parts else ()
+        for start in range(0, len(weight), each):
+            rows = slice(start, start + each)
+            delta = whole.delta(*whole.of_rows(rows, *factors), dtype) if in_parts else whole.formed(dtype)
+            result[rows] = formula(weight[rows].to(dtype), delta, rows)
+        return result
+
+    def _sum_dtype(self, weight: Tensor) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(self.A.dtype, weight.dtype), torch.float32)
 
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
@@ -388,9 +405,8 @@ class Adapter(nn.Module):
         """
         if self._is_zero():
             return weight.detach().clone(), 0.0
-        delta = self.delta_weight(torch.promote_types(weight.dtype, torch.float32))
-        base = (weight.to(delta.dtype) - delta).to(weight.dtype)
-        return base, _bound(weight, base, delta.dtype)
+        base = self._rounded_once(weight, lambda W, delta, _: W - delta)
+        return base, _bound(weight, base, self._sum_dtype(weight))
 
     @torch.no_grad()
     def held(self) -> tuple[Tensor, Tensor]:
@@ -408,7 +424,7 @@ class Adapter(nn.Module):
         those of the whole weight that ``weight`` is.
         """
         after = self.factors()
-        dtype = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
+        dtype = self._sum_dtype(weight)
         counts = []
         with torch.autocast(weight.device.type, enabled=False):  # which is on in a manual optimization's step
             for part, own in self._parts(weight, rows):

@@ -80,8 +80,8 @@ class DoRA(Adapter, decomposition="dora"):
         gain = self._over(self._norms(weight))
         if self._is_zero() and (gain == 1).all():
             return weight.detach().clone()
-        delta = self.delta_weight(gain.dtype)
-        return ((weight.to(delta.dtype) + delta) * self.by_rows(gain)).to(weight.dtype)
+        factors = self.by_rows(gain).expand(weight.shape)
+        return self._rounded_once(weight, lambda W0, delta, rows: (W0 + delta) * factors[rows])
 
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
@@ -93,10 +93,10 @@ class DoRA(Adapter, decomposition="dora"):
     @full_precision()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
         """W0 = W / gain - delta, with the bound of a sum, over the smallest gain."""
-        delta = self.delta_weight(self.held_gain.dtype)
-        base = (weight.to(delta.dtype) / self.by_rows(self.held_gain) - delta).to(weight.dtype)
+        factors = self.by_rows(self.held_gain).expand(weight.shape)
+        base = self._rounded_once(weight, lambda W, delta, rows: W / factors[rows] - delta)
         smallest = min(1.0, self.held_gain.abs().min().item())
-        return base, 2 * _bound(weight, base, delta.dtype) / smallest
+        return base, 2 * _bound(weight, base, self._sum_dtype(weight)) / smallest
 
     @torch.no_grad()
     @full_precision()

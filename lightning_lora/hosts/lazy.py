@@ -25,6 +25,7 @@ from lightning_lora.gradients.factored import rescaled
 from lightning_lora.gradients.paths import ConvolutionPath, LookupPath
 from lightning_lora.gradients.presents import presents
 from lightning_lora.gradients.transforms import is_transformed
+from lightning_lora.weights.full_precision import full_precision
 
 
 @presents(lambda weight, *_: weight)
@@ -45,7 +46,9 @@ def read(weight: Tensor, adapter: Adapter, training: bool) -> Tensor:
 def _formed(base: Tensor, left: Tensor, right: Tensor, gain: Tensor | None, gain_last: bool, scale: float) -> Tensor:
     """Form W, rounded once to the dtype of ``base``, which it is bit for bit where the increment is zero."""
     dtype = torch.promote_types(torch.promote_types(base.dtype, left.dtype), torch.float32)
-    with torch.autocast(base.device.type, enabled=False):
+    # the compiler takes no such setting for a part of what it compiles: there the product is as precise as the model's
+    precision = contextlib.nullcontext() if torch.compiler.is_compiling() else full_precision()
+    with torch.autocast(base.device.type, enabled=False), precision:
         # less a positive zero, since -0.0 plus one is no longer -0.0
         product = ((-left).mT.to(dtype) @ right.to(dtype)).view(base.shape)
         W = torch.sub(base.to(dtype), product, alpha=scale)
