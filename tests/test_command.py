@@ -488,6 +488,8 @@ def test_the_version_is_the_package_s(capsys):
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "lightning_lora.cli.commands", raising=False)
+    monkeypatch.delattr(lightning_lora.cli, "commands", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["inspect", "x"]) == 2
     assert 'pip install "lightning-lora[cli]"' in error(capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -45,42 +46,39 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> None:
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
-    print(f"lightning-lora: error: {line}", file=sys.stderr)
+    print(f"lightning-lora: error: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: Any) -> str:
+    """Return ``text`` without what would move the cursor, colour the terminal or begin a line."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def _parse(args: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
-    """Return the function that the arguments ask for, and its own arguments."""
-    import docstring_parser
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
+    """Return the function that the arguments ask for, and its own arguments, as its signature and docstring say."""
     from lightning_lora import __version__
     from lightning_lora.cli import commands
 
-    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """jsonargparse's, with examples as they stand."""
-
-    functions = {name: getattr(commands, name.replace("-", "_")) for name in EXAMPLES}
+    raw = argparse.RawDescriptionHelpFormatter
     lines = "\n".join(f"  lightning-lora {each[0]}" for each in EXAMPLES.values())
-    parser = ArgumentParser(
-        prog="lightning-lora",
-        description=f"{DESCRIPTION}\n\nExamples:\n{lines}\n\n{CODES}",
-        formatter_class=Formatter,
-        version=__version__,
-    )
-    subcommands = parser.add_subcommands()
-    for name, function in functions.items():
-        first, _, more = (function.__doc__ or "").partition("Args:")[0].strip().partition("\n")
-        shown = "\n".join(f"  lightning-lora {example}" for example in EXAMPLES[name])
-        body = "\n".join(line.strip() for line in more.strip().splitlines())
-        own = ArgumentParser(description=f"{first}\n\n{body}\n\nExample:\n{shown}", formatter_class=Formatter)
-        flags: set[str | int] = {
-            name for name, kind in inspect.get_annotations(function, eval_str=True).items() if kind is bool
-        }
-        own.add_function_arguments(function, as_positional=True, skip=flags)
-        for documented in docstring_parser.parse(function.__doc__ or "").params:
-            if documented.arg_name in flags:
-                own.add_argument(f"--{documented.arg_name}", action="store_true", help=documented.description)
-        subcommands.add_subcommand(name, own, help=first)
-    parsed = parser.parse_args(args)
-    return functions[parsed.subcommand], vars(parsed[parsed.subcommand])
+    description = f"{DESCRIPTION}\n\nExamples:\n{lines}\n\n{CODES}"
+    parser = argparse.ArgumentParser(prog="lightning-lora", description=description, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, examples in EXAMPLES.items():
+        function = getattr(commands, name.replace("-", "_"))
+        text, _, arguments = inspect.cleandoc(function.__doc__).partition("\n\nArgs:\n")
+        shown = "\n".join(f"  lightning-lora {example}" for example in examples)
+        description = f"{text}\n\nExample:\n{shown}"
+        own = subparsers.add_parser(name, help=text.partition("\n")[0], description=description, formatter_class=raw)
+        documented = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
+        for each in inspect.signature(function, eval_str=True).parameters.values():
+            words = " ".join(documented[each.name].split()).replace("%", "%%")
+            if each.default is each.empty:
+                own.add_argument(each.name, help=words)
+            elif each.annotation is bool:
+                own.add_argument(f"--{each.name}", action="store_true", help=words)
+            else:
+                own.add_argument(f"--{each.name}", type=each.annotation, default=each.default, help=words)
+    options = vars(parser.parse_args(args))
+    return getattr(commands, options.pop("command").replace("-", "_")), options

@@ -21,6 +21,7 @@ from lightning_lora.adapters.spectrum import core, effective_rank, rank_holding,
 from lightning_lora.checkpoint.files import WeightFile, read
 from lightning_lora.checkpoint.format import KEY, NUMBERS, SavedRun, cast_as, weight_key
 from lightning_lora.checkpoint.read import base_of
+from lightning_lora.cli import printable
 from lightning_lora.cli.files import Planned, release, write
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.options import Options
@@ -172,7 +173,7 @@ def extract(finetuned: str, base: str, out: str, rank: int = 8, root: str = "") 
         table = _table("relative error of", "shape", *(f"rank {each}" for each in ranks))
         for key, squares in missed.items():
             table.add_row(key, shape_and_dtype(tuned.weights[key]), *_roots(squares, ranks))
-        table.add_row("all of them", "", *_roots(_sum(missed.values()), ranks))
+        table.add_row("all of them", "", *_roots(torch.stack([*missed.values()]).sum(0), ranks))
         _console().print(table)
     if left := [key for key in before if key not in tuned.weights]:
         _say(f"{left[0]!r} and {len(left) - 1} more of BASE are not in FINETUNED, and stay as they are")
@@ -202,15 +203,8 @@ def _truncated(key: str, after: Tensor, start: Tensor, rank: int) -> tuple[Adapt
     return adapter.state(start), squares
 
 
-def _sum(rows: Iterable[Tensor]) -> Tensor:
-    """Add rows, of which the shorter ones go on with their last entry."""
-    rows = list(rows)
-    longest = max(map(len, rows))
-    return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows]).sum(0)
-
-
 def _roots(squares: Tensor, ranks: Sequence[int]) -> list[str]:
-    return [f"{math.sqrt(squares[min(rank, len(squares) - 1)] / squares[0]):.2e}" for rank in ranks]
+    return [f"{math.sqrt(squares[rank] / squares[0]):.2e}" for rank in ranks]
 
 
 def inspect(file: str, weights: bool = False) -> int:
@@ -350,11 +344,6 @@ def export_peft(file: str, folder: str, root: str = "") -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ printing
-
-
-def printable(text: Any) -> str:
-    """Return ``text`` without what would move the cursor, colour the terminal or begin a line."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def _console() -> Console:

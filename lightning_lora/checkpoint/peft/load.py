@@ -11,17 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.checkpoint.peft import layouts
 from lightning_lora.checkpoint.peft.config import rule_for, usual_and_pattern
 from lightning_lora.checkpoint.peft.folder import Folder
-from lightning_lora.checkpoint.peft.layouts import (
-    ATTENTION,
-    MODULES,
-    TRANSPOSED,
-    TWICE_UNTIL,
-    decoded,
-    kinds,
-    of_lower_rank,
-)
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts import layer_of, stacks
 from lightning_lora.injection.inject import Injection, adapters, distinct_places, inject_options
@@ -131,18 +123,13 @@ class _Import:
         self._check_tied()
 
     def _find_root(self, root: str) -> str:
-        """What stands before the files' names in the module."""
+        """Return what stands before the files' names in the module."""
         names = list(self.folder.lora)
-        first = f".{names[0]}"
-        wanted = f"{root}.{names[0]}" if root else names[0]
-        places = (
-            [wanted] if wanted in self.modules else [n for n in self.modules if f".{n}".endswith(first) and not root]
-        )
-        found = [
-            place.removesuffix(names[0])
-            for place in places
-            if all(f"{place.removesuffix(names[0])}{name}" in self.modules for name in names)
-        ]
+
+        def fitting(prefixes: Iterable[str]) -> list[str]:
+            return [prefix for prefix in prefixes if all(f"{prefix}{name}" in self.modules for name in names)]
+
+        found = fitting([f"{root}." if root else ""]) or ([] if root else fitting(f"{name}." for name in self.modules))
         if len(found) != 1:
             of = f"{root!r} of {type(self.module).__name__}" if root else f"the {type(self.module).__name__}"
             missing = [name for name in names if f"{root}.{name}".lstrip(".") not in self.modules]
@@ -166,11 +153,11 @@ class _Import:
             return
         layer = self._layer(name, child)
         attention = name.rpartition(".")[0]
-        if layer != ATTENTION:
+        if layer != layouts.ATTENTION:
             self.by_module.add(name)
             self._add(name, f"{name}.weight", layer, child, tensors)
         elif attention in self.folder.lora:  # else PEFT never calls it
-            twice = self.config.version is None or self.config.version <= TWICE_UNTIL
+            twice = self.config.version is None or self.config.version <= layouts.TWICE_UNTIL
             self._add(attention, f"{name}.weight", "Linear", child, tensors, times=2 if twice else 1)
 
     def _layer(self, name: str, child: nn.Module) -> str:
@@ -178,7 +165,7 @@ class _Import:
         if child._parameters.get("weight") is None:
             raise self._unfit(name, f"it is a {type(child).__name__}, which has no weight")
         layer = layer_of(child, "weight")
-        if layer in (*MODULES, ATTENTION):
+        if layer in (*layouts.MODULES, layouts.ATTENTION):
             return layer
         found = next((kind.__name__ for kind in (nn.Embedding, nn.Linear) if isinstance(child, kind)), None)
         if found is None:
@@ -208,20 +195,22 @@ class _Import:
     ) -> None:
         """Take ``tensors``, which PEFT calls ``target``, for the weight ``key``, ``times`` the product."""
         shape = storage_of(child, key.rpartition(".")[2]).shape
-        wanted = {*kinds(layer), *(("lora_magnitude_vector",) if self.config.use_dora else ())}
+        wanted = {*layouts.kinds(layer), *(("lora_magnitude_vector",) if self.config.use_dora else ())}
         if tensors.keys() != wanted:
             raise self._unfit(target, f"it has {listed(tensors)}, and a {layer} {listed(sorted(wanted))}")
-        A, B = (tensors[kind].to(torch.promote_types(tensors[kind].dtype, torch.float32)) for kind in kinds(layer))
-        factors = decoded(layer, A, B, shape, self.config.version)
+        A, B = (
+            tensors[kind].to(torch.promote_types(tensors[kind].dtype, torch.float32)) for kind in layouts.kinds(layer)
+        )
+        factors = layouts.decoded(layer, A, B, shape, self.config.version)
         if factors is None:
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
             raise self._unfit(target, f"its factors are {shapes}, and the weight is {tuple(shape)}")
         R, C = factors
         rank, least, alpha = R.shape[-2], min(R.shape[-1], C.shape[-1]), self.config.alpha(target)
         if rank > least:
-            R, C = of_lower_rank(R, C)
+            R, C = layouts.of_lower_rank(R, C)
             alpha *= self.config.divisor(least) / self.config.divisor(rank)
-        magnitude, outputs = tensors.get("lora_magnitude_vector"), (C if layer in TRANSPOSED else R).shape[-1]
+        magnitude, outputs = tensors.get("lora_magnitude_vector"), (C if layer in layouts.TRANSPOSED else R).shape[-1]
         if magnitude is not None and magnitude.numel() != outputs:
             raise self._unfit(target, f"it has {magnitude.numel()} magnitudes for {outputs} outputs")
         self.starts[f"{self.root}{key}"] = _Start(times * R, C, alpha, magnitude)

@@ -18,17 +18,9 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter, full_adapters
 from lightning_lora.checkpoint.files import File, read, safetensors
 from lightning_lora.checkpoint.format import SavedRun, weight_key
+from lightning_lora.checkpoint.peft import layouts
 from lightning_lora.checkpoint.peft.config import Config, rule_for, usual_and_pattern
 from lightning_lora.checkpoint.peft.folder import PREFIX, STATISTICS, WEIGHTS
-from lightning_lora.checkpoint.peft.layouts import (
-    ATTENTION,
-    CONVOLUTIONS,
-    MODULES,
-    PARAMETERS,
-    TRANSPOSED,
-    TWICE_UNTIL,
-    encoded,
-)
 from lightning_lora.errors import LoRAError, listed, warn
 from lightning_lora.hosts import layer_of
 from lightning_lora.injection.inject import injections, places, trained_besides
@@ -77,16 +69,10 @@ def save_peft(
 
 
 class _Increment(NamedTuple):
-    """An adapter, and where it stands."""
+    """An adapter, and the layer in which it stands, by :func:`~lightning_lora.hosts.layer_of`."""
 
     adapter: Adapter
     layer: str
-    """That of :func:`~lightning_lora.hosts.layer_of`."""
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """R and C, such that the increment of the weight as it is stored is ``scale * R.T @ C``, float32 at least."""
-        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.adapter.increment())
-        return (A, B) if self.adapter.transposed else (B, A)
 
 
 @dataclasses.dataclass
@@ -161,7 +147,7 @@ def _guessed(name: str, key: str, run: SavedRun, keys: Sequence[str]) -> str:
             " which writes a new file, or give `save_peft` the adapted module."
         )
     if key.endswith("out_proj.weight") and projection in keys:
-        return ATTENTION
+        return layouts.ATTENTION
     if not state.transposed:
         return "Linear" if len(state.shape) == 2 else f"Conv{len(state.shape) - 2}d"
     return "Conv1D" if f"{name}.bias" in keys else "Embedding"
@@ -209,7 +195,7 @@ class _Export:
                 " part of the module by itself, by `root`."
             )
         remaining = dict(self.increments)
-        for key in [key for key, increment in remaining.items() if increment.layer == ATTENTION]:
+        for key in [key for key, increment in remaining.items() if increment.layer == layouts.ATTENTION]:
             if key in remaining:
                 self._add_attention(key, remaining)
         order = {key: index for index, key in enumerate(self.keys)}
@@ -225,11 +211,11 @@ class _Export:
     def _add(self, key: str, increment: _Increment) -> None:
         adapter, layer = increment
         owner = key.rpartition(".")[0]
-        R, C = self._factors(key, increment)
-        if layer in MODULES and owner:
+        R, C = self._factors(key, adapter)
+        if layer in layouts.MODULES and owner:
             self.by_module.add(owner)
             name, target = owner, owner
-        elif layer in PARAMETERS and owner and not self.is_dora:
+        elif layer in layouts.PARAMETERS and owner and not self.is_dora:
             self.by_parameter.add(key)
             name, target = owner + ".base_layer" * self.wraps[owner], key
         else:
@@ -241,11 +227,11 @@ class _Export:
             )
         self.wraps[owner] += 1
         self.ranks[target] = R.shape[-2], adapter.scale
-        self._put(name, encoded(layer, R, C, adapter.shape))
+        self._put(name, layouts.encoded(layer, R, C, adapter.shape))
         if self.is_dora:
-            if adapter.transposed != (layer in TRANSPOSED):
+            if adapter.transposed != (layer in layouts.TRANSPOSED):
                 raise LoRAError(f"The magnitudes of {key!r} are those of a weight that it is tied to, by its columns.")
-            shape = (1, -1, *(1 for _ in adapter.shape[2:])) if layer in CONVOLUTIONS else (-1,)
+            shape = (1, -1, *(1 for _ in adapter.shape[2:])) if layer in layouts.CONVOLUTIONS else (-1,)
             self._put(name, {"lora_magnitude_vector": _magnitude(key, adapter).view(shape)})
 
     def _put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -259,10 +245,10 @@ class _Export:
         found = {k: remaining.pop(k) for k in projections if k in remaining}
         if self.is_dora or not owner:
             self._add(key, found[key])  # which says why it cannot be
-        factors = {k: self._factors(k, increment) for k, increment in found.items()}
+        factors = {k: self._factors(k, increment.adapter) for k, increment in found.items()}
         warn(
             f"PEFT adds the increment of the `out_proj` of {owner!r} twice, to version"
-            f" {'.'.join(map(str, TWICE_UNTIL))} at least; half of it is in the file, so that these"
+            f" {'.'.join(map(str, layouts.TWICE_UNTIL))} at least; half of it is in the file, so that these"
             " versions compute what the module does.",
             stacklevel=5,
         )
@@ -273,13 +259,13 @@ class _Export:
             own = found[weight].adapter.scale if weight in found else scale
             R = R * (own / scale / (2 if name else 1))
             R, C = (torch.cat([f, f.new_zeros(rank - f.shape[0], f.shape[1])]) for f in (R, C))
-            self._put(f"{owner}{name}", encoded("Linear", R, C, (rows, size)))
+            self._put(f"{owner}{name}", layouts.encoded("Linear", R, C, (rows, size)))
         self.wraps.update([owner, f"{owner}.out_proj"])
         self.by_module.add(owner)
         self.ranks[owner] = rank, scale
 
-    def _factors(self, key: str, increment: _Increment) -> tuple[Tensor, Tensor]:
-        adapter = increment.adapter
+    def _factors(self, key: str, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """Return R and C, float32 at least: the increment of the weight as it is stored is ``scale * R.T @ C``."""
         if adapter.resample is not None:
             raise LoRAError(_drawn_anew(key))
         if adapter.rescales and adapter.decomposition != "dora":
@@ -287,7 +273,8 @@ class _Export:
                 f"PEFT has no form for `decomposition={adapter.decomposition!r}`, which rescales the weight {key!r}."
                 " Use the merged weights: `state_dict` of a checkpoint file, or `merged_state_dict`."
             )
-        return increment.stored()
+        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in adapter.increment())
+        return (A, B) if adapter.transposed else (B, A)
 
     # ------------------------------------------------------------------------------------------ what is trained in full
 
