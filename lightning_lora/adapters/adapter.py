@@ -376,13 +376,13 @@ class Adapter(nn.Module):
 
         A product is formed some rows at a time: on the CPU these stay in its cache, and no device holds all of delta.
         """
-        whole, dtype, result = self.whole(), self._sum_dtype(weight), torch.empty_like(weight)
+        full, dtype, result = full_adapters([self])[0], self._sum_dtype(weight), torch.empty_like(weight)
         in_parts = type(self).formed is Adapter.formed
         each = _rows_at_a_time(weight) if in_parts else max(1, len(weight))
-        factors = whole.increment() if in_parts else ()
+        factors = full.increment() if in_parts else ()
         for start in range(0, len(weight), each):
             rows = slice(start, start + each)
-            delta = whole.delta(*whole.of_rows(rows, *factors), dtype) if in_parts else whole.formed(dtype)
+            delta = full.delta(*full.of_rows(rows, *factors), dtype) if in_parts else full.formed(dtype)
             result[rows] = formula(weight[rows].to(dtype), delta, rows)
         return result
 
