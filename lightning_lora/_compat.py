@@ -33,6 +33,10 @@ def _no_functorch() -> bool:
 is_functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _no_functorch)
 
 
+#: Copies each tensor of a list into that of another, whatever their dtypes, by one launch on an accelerator.
+copy_each: Callable[..., None] = torch._foreach_copy_
+
+
 def top_pack_hook() -> Any:
     """Return the pack hook of the innermost ``saved_tensors_hooks``, or None."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)
