@@ -2,7 +2,7 @@
 
     python benchmarks/compile.py --rounds 15 --json docs/benchmarks/compile.json
 
-The model is Llama-like, of width 256, 4 layers and 4 x 128 tokens, float32. Each round runs one step of every method,
+The model is Llama-like, of width 256, 4 layers (`--layers`) and 4 x 128 tokens, float32. Each round runs one step of every method,
 compiled by torch's default backend and not, in an order drawn anew. Reported are quartiles of ratios in the same round,
 what the first compiled step takes, graphs and graph breaks, and how many graphs were made after the first steps.
 """
@@ -23,8 +23,8 @@ from torch._dynamo.utils import counters
 COMPARED = ("full", "peft", "factored", "merged", "projected")
 
 
-def small() -> CausalLMJob:
-    return llama_like(256, 704, 4, 4096, batch=4, key_value_heads=4)
+def small(layers: int) -> CausalLMJob:
+    return llama_like(256, 704, layers, 4096, batch=4, key_value_heads=4)
 
 
 def tiny() -> CausalLMJob:
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     random.seed(0)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # all methods compile the same functions of the model
-    job = tiny() if arguments.quick else small()
+    job = tiny() if arguments.quick else small(arguments.layers)
     steps, first = {}, {}
     for method in arguments.methods:
         before = graphs_and_breaks()
@@ -67,6 +68,7 @@ def main() -> None:
     result = {
         "rank": arguments.rank,
         "rounds": arguments.rounds,
+        "layers": arguments.layers,
         "quick": arguments.quick,
         **environment(),
         "median_seconds": {name: statistics.median(values) for name, values in times.items()},
