@@ -2,9 +2,10 @@
 
     python benchmarks/compile.py --rounds 15 --json docs/benchmarks/compile.json
 
-The model is Llama-like, of width 256, 4 layers (`--layers`) and 4 x 128 tokens, float32. Each round runs one step of every method,
-compiled by torch's default backend and not, in an order drawn anew. Reported are quartiles of ratios in the same round,
-what the first compiled step takes, graphs and graph breaks, and how many graphs were made after the first steps.
+The model is Llama-like, of width 256, 4 layers (`--layers`) and 4 x 128 tokens, float32. Each round runs one step of
+every method, compiled by torch's default backend and not, in an order drawn anew. Reported are quartiles of ratios in
+the same round, what the first compiled step takes, graphs and graph breaks, and how many graphs were made after the
+first steps.
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ METHODS = ("base", "factored", "merged", "projected", "peft")
 PRECISIONS = ("fp32", "bf16-mixed", "bf16-true")
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 
+READS = ("_local_scalar_dense", "equal", "is_nonzero")
+"""What gives a number for which the device has to compute or copy."""
+
 
 class Launches(TorchDispatchMode):
     """Keep the names of all operations that launch something, in order."""
@@ -31,7 +34,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in NO_LAUNCH:
+        schema = func._schema  # a question, such as `promote_types`, gives no tensor and writes to none
+        gives = schema.is_mutable or name in READS or any("Tensor" in str(found.type) for found in schema.returns)
+        if gives and not func.is_view and name not in NO_LAUNCH:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 

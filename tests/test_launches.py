@@ -33,10 +33,13 @@ def test_it_launches_fewer_than_pefts(precision, bias, alpha):
     assert all(len(own) < len(other) for own, other in zip(ours, theirs, strict=True))
 
 
-def test_views_and_allocations_are_no_launches():
+def test_views_allocations_and_questions_are_no_launches_and_reading_a_number_is_one():
     x = torch.ones(4, 4)
     with Launches() as launches:
         x.view(2, 8).T.unsqueeze(0).detach()
         torch.empty_like(x)
+        torch.promote_types(torch.float16, torch.float32)
+        torch._foreach_copy_([torch.empty(2)], [x[0, :2]])
         x.mul_(2).add(1) @ x
-    assert launches.names == ["mul_", "add", "mm"]
+        x[0, 0].item()
+    assert launches.names == ["_foreach_copy_", "mul_", "add", "mm", "_local_scalar_dense"]
