@@ -50,9 +50,17 @@ class MLPJob:
 
 
 def llama_like(
-    width: int, inner: int, layers: int, vocabulary: int, batch: int, *, key_value_heads: int, tied: bool = False
+    width: int,
+    inner: int,
+    layers: int,
+    vocabulary: int,
+    batch: int,
+    *,
+    key_value_heads: int,
+    tied: bool = False,
+    length: int = 128,
 ) -> CausalLMJob:
-    """A Llama with random weights and heads of 64, on ``batch`` sequences of 128 tokens."""
+    """A Llama with random weights and heads of 64, on ``batch`` sequences of ``length`` tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -62,10 +70,10 @@ def llama_like(
         num_attention_heads=width // 64,
         num_key_value_heads=key_value_heads,
         vocab_size=vocabulary,
-        max_position_embeddings=256,
+        max_position_embeddings=max(256, length),
         tie_word_embeddings=tied,
     )
-    return CausalLMJob(LlamaForCausalLM(config), vocabulary, batch, length=128)
+    return CausalLMJob(LlamaForCausalLM(config), vocabulary, batch, length)
 
 
 def llama() -> CausalLMJob:
@@ -107,9 +115,12 @@ def mlp() -> MLPJob:
 
 
 def target_names(model: nn.Module) -> list[str]:
-    """All convolutions where there are any, else what ``target_modules="all-linear"`` adapts."""
+    """``model.benchmark_targets``, if set; else all convolutions where most layers are, else what is the default."""
+    if (known := getattr(model, "benchmark_targets", None)) is not None:
+        return known
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    return convolutions or lightning_lora.inject(copy.deepcopy(model), rank=1)
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    return convolutions if len(convolutions) > linear else lightning_lora.inject(copy.deepcopy(model), rank=1)
 
 
 def full(model: nn.Module, rank: int) -> None:

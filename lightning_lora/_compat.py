@@ -55,6 +55,10 @@ def weight_names(rnn: Any) -> list[str]:
     return [name for name, _ in rnn.named_parameters(recurse=False)] if names is None else names
 
 
+#: Copies each tensor of a list into that of another, whatever their dtypes, by one launch on an accelerator.
+copy_each: Callable[..., None] = torch._foreach_copy_
+
+
 def top_pack_hook() -> Any:
     """Return the pack hook of the innermost ``saved_tensors_hooks``, or None."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)

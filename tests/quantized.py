@@ -12,7 +12,7 @@ def int8(linear: nn.Linear) -> nn.Module:
 
     layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, False)
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
+    return layer.to(linear.weight.device)
 
 
 def four_bit(**options) -> Callable[[nn.Linear], nn.Module]:
@@ -21,7 +21,7 @@ def four_bit(**options) -> Callable[[nn.Linear], nn.Module]:
 
         layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **options)
         layer.load_state_dict(linear.state_dict())
-        return layer.to("cpu")
+        return layer.to(linear.weight.device)
 
     return make
 

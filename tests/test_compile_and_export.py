@@ -227,6 +227,47 @@ def test_no_option_makes_the_compiler_start_again(host, options):
         torch.testing.assert_close(fast, eager, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"gradient": gradient} for gradient in GRADIENTS),
+        {"gradient": "merged", "resample_every_n_steps": 1, "resample": "A"},
+        {"gradient": "projected", "resample_every_n_steps": 1, "resample": "A"},
+        {"gradient": "merged", "resample_every_n_steps": 3},
+        {"gradient": "factored", "lr_ratio": 4.0},
+    ],
+    ids=str,
+)
+def test_over_20_steps_with_a_changing_rate_and_a_resumption_it_breaks_and_recompiles_nowhere(options):
+    """Training goes on from a state dict in mid-run, into the same module and optimizer."""
+    runs = []
+    for compiled in (False, True):
+        module, x, adapt = made("linear", **options)
+        adapt()
+        function = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        handle, losses = attach(module, optimizer), []
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step in range(20):
+                if step == 10:
+                    own, others = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+                    module.load_state_dict(own)
+                    optimizer.load_state_dict(others)
+                optimizer.zero_grad()
+                loss = function(x).square().mean()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                losses.append(loss.detach())
+        handle.remove()
+        runs.append([*losses, *(value.clone() for value in module.state_dict().values())])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for eager, fast in zip(*runs, strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_by_the_default_backend_it_takes_the_same_steps(gradient):
     """Generated code, for a Linear and a convolution at once."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.adapters import draws, initial
+from lightning_lora.adapters.products import cast, scaled
 from lightning_lora.errors import LoRAError
 from lightning_lora.weights import assign, counter, full_states
 from lightning_lora.weights.full_precision import full_precision
@@ -315,13 +316,13 @@ class Adapter(nn.Module):
 
     def project(self, gradient: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """dA = s B G, dB = s A G^T from the full gradient G = dL/dW, (m, n) (article, eq. grad-1), in G's dtype."""
-        A, B = A.to(gradient.dtype), B.to(gradient.dtype)
-        return self.scale * (B @ gradient), self.scale * (A @ gradient.mT)
+        A, B = cast((A, B), gradient.dtype)
+        return scaled(self.scale, B, gradient), scaled(self.scale, A, gradient.mT)
 
     def project_thin(self, x: Tensor, dy: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The same from X (b, n) and dY (b, m), no G (article, eq. grad-2): dA = s (B dY^T) X, dB = s (A X^T) dY."""
-        A, B = A.to(dy.dtype), B.to(dy.dtype)
-        return (B @ dy.T).mul_(self.scale) @ x, (A @ x.T).mul_(self.scale) @ dy
+        A, B = cast((A, B), dy.dtype)
+        return scaled(self.scale, B, dy.T) @ x, scaled(self.scale, A, x.T) @ dy
 
     def add_step(self, matrix: Tensor, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> None:
         """Takes ``matrix`` (m, n), in place, from the increment of A and B to that of A' and B'.

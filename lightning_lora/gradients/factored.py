@@ -16,12 +16,14 @@ where it meets A and nowhere else; 1/(1 - p) joins s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.adapters.products import cast, scaled
 from lightning_lora.gradients.autocast import without_autocast
 from lightning_lora.gradients.transforms import takes_formula
 
@@ -36,16 +38,17 @@ def linear(
         weight: W0, (m, n), frozen.
         bias: (m,) or None.
         A: (r, n).
-        B: (r, m). Both are cast to the dtype in which the product is computed, the one of ``x`` or autocast's.
+        B: (r, m). Both are cast to the dtype in which the product is computed, the one of ``x`` or autocast's, and
+            their gradients back.
         scale: s.
         dropout: Probability that an entry of the increment's input is zeroed.
 
     Returns:
         (..., m)
     """
-    x, A, B = in_one_dtype(x, A, B)
+    x = _in_its_dtype(x)
     if takes_formula(x):
-        return F.linear(x, weight, bias) + increment(scale, F.dropout(x, dropout), A, B)
+        return F.linear(x, weight, bias) + increment(scale, F.dropout(x, dropout), A.to(x.dtype), B.to(x.dtype))
     mask, scale = _mask(x, scale, dropout)
     return _Linear.apply(x, weight, bias, A, B, mask, scale)
 
@@ -55,9 +58,9 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
 
     ``y`` is left as it is, since the graph that made it may need it.
     """
-    x, A, B = in_one_dtype(x, A, B)
+    x = _in_its_dtype(x)
     if takes_formula(x):
-        return y + increment(scale, F.dropout(x, dropout), A, B).to(y.dtype)
+        return y + increment(scale, F.dropout(x, dropout), A.to(x.dtype), B.to(x.dtype)).to(y.dtype)
     mask, scale = _mask(x, scale, dropout)
     return _Add.apply(y, x, A, B, mask, scale)
 
@@ -81,12 +84,12 @@ def increment(s: float, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return s * F.linear(F.linear(x, A), B.T)
 
 
-def in_one_dtype(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all three in the dtype in which a product of ``x`` is computed: its own, or autocast's."""
+def _in_its_dtype(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype in which a product of it is computed: its own, or autocast's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
-        x = x.to(torch.get_autocast_dtype(device))
-    return x, A.to(x.dtype), B.to(x.dtype)
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _mask(x: Tensor, scale: float, dropout: float) -> tuple[Tensor | None, float]:
@@ -106,20 +109,22 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, s: float
     ) -> Tensor:
         y = F.linear(x, weight, bias)  # first, so that with B = 0 it is the base layer's bit for bit on any device
-        z = _z(s, x, A, mask)
-        y.view(-1, y.shape[-1]).addmm_(z.T, B)
-        ctx.save_for_backward(x, weight, A, B, mask, z)
+        a, b = cast((A, B), x.dtype)
+        z = _z(s, x, a, mask)
+        y.view(-1, y.shape[-1]).addmm_(z.T, b)
+        ctx.save_for_backward(x, weight, mask, z, A, B, *_casts(A, a, b))
         ctx.s = s
         return y.detach()  # no view, as F.linear may give, on which autograd would allow nothing in place
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, mask, z = ctx.saved_tensors
+        x, weight, mask, z, *factors = ctx.saved_tensors
+        A, B = _in_dtype_of(x, *factors)
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         dy = _rows(dy)
-        dz = (B @ dy.T).mul_(ctx.s)
-        dA, dB = _factors(ctx.s, x, A, mask, z, dy, dz, need_A, need_B)
+        dz = scaled(ctx.s, B, dy.T)
+        dA, dB = _factors(ctx.s, x, A, mask, z, dy, dz, need_A, need_B, factors[0].dtype)
         dx = None
         if need_x:
             dx = dz.T @ A if mask is None else (dz.T @ A).mul_(_rows(mask))
@@ -132,30 +137,42 @@ class _Linear(torch.autograd.Function):
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, s: float) -> Tensor:
-        z = _z(s, x, A, mask)
-        ctx.save_for_backward(x, A, B, mask, z)
+        a, b = cast((A, B), x.dtype)
+        z = _z(s, x, a, mask)
+        ctx.save_for_backward(x, mask, z, A, B, *_casts(A, a, b))
         ctx.s = s
         y = y.clone(memory_format=torch.contiguous_format)
-        _rows(y).addmm_(z.T.to(y.dtype), B.to(y.dtype))  # in place, where autocast leaves the dtype alone
+        _rows(y).addmm_(z.T.to(y.dtype), b.to(y.dtype))  # in place, where autocast leaves the dtype alone
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, mask, z = ctx.saved_tensors
+        x, mask, z, *factors = ctx.saved_tensors
+        A, B = _in_dtype_of(x, *factors)
         _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
         rows = _rows(dy).to(x.dtype)
-        dz = (B @ rows.T).mul_(ctx.s)
+        dz = scaled(ctx.s, B, rows.T)
         dx = None
         if need_x:
             dx = (dz.T @ A).view(x.shape)
             dx = dx if mask is None else dx * mask
-        return dy, dx, *_factors(ctx.s, x, A, mask, z, rows, dz, need_A, need_B), None, None
+        return dy, dx, *_factors(ctx.s, x, A, mask, z, rows, dz, need_A, need_B, factors[0].dtype), None, None
+
+
+def _casts(A: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Return what is saved beside A and B: their casts, if these are other tensors."""
+    return () if a is A else (a, b)
+
+
+def _in_dtype_of(x: Tensor, A: Tensor, B: Tensor, *casts: Tensor) -> Sequence[Tensor]:
+    """Return the factors as they took part in the product; where a gradient of gradients is asked for, with a path."""
+    return cast((A, B), x.dtype) if torch.is_grad_enabled() else casts or (A, B)
 
 
 def _z(s: float, x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
     """Compute Z = s A X^T, (r, b), of the masked X where there is dropout."""
-    return (A @ _rows(x if mask is None else x * mask).T).mul_(s)
+    return scaled(s, A, _rows(x if mask is None else x * mask).T)
 
 
 def _factors(
@@ -168,10 +185,12 @@ def _factors(
     dz: Tensor,
     need_A: bool,
     need_B: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute dA = dZ X and dB = Z dY."""
+    """Compute dA = dZ X and dB = Z dY, in ``dtype``."""
     if torch.is_grad_enabled():  # a gradient of these gradients must see that Z depends on X and A
         z = _z(s, x, A, mask)
     dA = dz @ _rows(x if mask is None else x * mask) if need_A else None
     dB = z @ dy if need_B else None
-    return dA, dB
+    found = iter(cast([gradient for gradient in (dA, dB) if gradient is not None], dtype))
+    return next(found) if need_A else None, next(found) if need_B else None

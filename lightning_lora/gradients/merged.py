@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.adapters.products import cast
 from lightning_lora.gradients.autocast import without_autocast
 from lightning_lora.gradients.factored import increment
 from lightning_lora.gradients.paths import Path
@@ -69,7 +70,7 @@ class _LinearTap(torch.autograd.Function):
                 scale = ctx.adapter.scale
                 return dy, *_of_zero(dy, x, A, B, lambda x, A, B: increment(scale, x.to(dy.dtype), A, B)), None
             dA, dB = ctx.adapter.project_thin(_rows(x).to(dy.dtype), rows, A, B)
-            return dy, None, dA, dB, None
+            return dy, None, *cast((dA, dB), A.dtype), None
         z, A, B = ctx.saved_tensors
         dB = (z.to(dy.dtype) @ rows) * ctx.adapter.scale
         dx = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.adapters.products import cast
 from lightning_lora.gradients.autocast import without_autocast
 from lightning_lora.gradients.presents import presents
 from lightning_lora.gradients.transforms import is_transformed
@@ -57,4 +58,4 @@ class _Read(torch.autograd.Function):
         if gain is not None:  # W = gain V
             dgain = (G * ctx.adapter.as_matrix(weight)).sum(-1) / gain
             G = G * gain.to(G.dtype)[..., None]
-        return None, *ctx.adapter.project(G, A, B), dgain, None
+        return None, *cast(ctx.adapter.project(G, A, B), A.dtype), dgain, None
