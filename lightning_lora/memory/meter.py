@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from lightning_lora import _compat
 from lightning_lora.injection.inject import places, trained_without
-from lightning_lora.memory.activations import Watch, nbytes, parameters
+from lightning_lora.memory.activations import Watch, parameters
 from lightning_lora.memory.optimizer_states import Owner, derived_nbytes, measured_nbytes, owners
 from lightning_lora.memory.report import Memory, MemoryReport
+from lightning_lora.memory.saved import nbytes
 from lightning_lora.weights import sharded as shards
 from lightning_lora.weights.quantized import storages
 

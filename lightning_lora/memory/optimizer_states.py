@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.memory.activations import nbytes, plain_tensors
+from lightning_lora.memory.saved import nbytes, plain_tensors
 
 Owner = tuple[Optimizer, Mapping[str, Any]]
 """An optimizer and one of its groups."""
