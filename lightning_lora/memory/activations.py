@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_lora import _compat
 from lightning_lora.hosts import Host
 from lightning_lora.injection.inject import places
-from lightning_lora.memory.saved import Held, Saved, leaves, nbytes, storages, tensors_in
+from lightning_lora.memory.saved import Held, Saved, leaves, storages, tensors_in
 from lightning_lora.weights import sharded
 
 BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
@@ -56,12 +56,13 @@ class Watch(TorchFunctionMode):
         if sharded.is_sharded(module):
             self.unknown = "FSDP2 exchanges the parameters while a forward runs, and they cannot be followed"
         self._manual, self._trained, self._parameters = manual, trained, set(module.parameters())
-        uncounted = [*parameters(module), *module.buffers()]
-        self._uncounted = {key: tensor for tensor in uncounted for key in storages([tensor])}
-        self.lora = Saved(lambda: (*parameters(module), *module.buffers()))
+        self._module: nn.Module | None = module
+        self.lora = Saved(self._uncounted)
         """What the step saves."""
-        self.full = Saved(lambda: [twin for t in self._uncounted.values() if (twin := self._twins.get(t)) is not None])
+        self.full = Saved(lambda: [twin for t in self._uncounted() if (twin := self._twins.get(t)) is not None])
         """What full fine-tuning would save."""
+        self._owners = {key: tensor for tensor in self._uncounted() for key in storages([tensor])}
+        """Parameters and buffers by their storages."""
         self._mode = _compat.fake_tensors().FakeTensorMode()
         self._twins = WeakTensorKeyDictionary()
         """Tensor -> its twin, or None for a tensor that full fine-tuning would have too, and no gradient for."""
@@ -73,11 +74,15 @@ class Watch(TorchFunctionMode):
         self._inputs: list[Held] = []
         """What an activation checkpoint keeps, if anything inside it needs a gradient."""
         self._stack = ExitStack()
+        if _compat.is_compiled(module):
+            self._stop("activations of compiled modules are not measured")
 
     # ------------------------------------------------------------------------------------------------ enter and leave
 
     def begin(self) -> None:
         """Watch from here on."""
+        if self._over:
+            return
         for change in (
             (torch.autograd.graph, "disable_saved_tensors_hooks", self._disabling()),
             (torch.autograd.Function, "apply", classmethod(_applying())),
@@ -93,10 +98,14 @@ class Watch(TorchFunctionMode):
 
     def end(self) -> None:
         """Leave everything as it was before."""
-        self._over = True
+        self._over, self.lora.grown, self.full.grown = True, False, False
         self._stack.close()
         self._twins.clear()
-        self._uncounted.clear()
+        self._owners.clear()
+        self._module = None
+
+    def _uncounted(self) -> list[Tensor]:
+        return [] if self._module is None else [*parameters(self._module), *self._module.buffers()]
 
     def _stop(self, reason: str) -> None:
         if not self._over:
@@ -197,7 +206,7 @@ class Watch(TorchFunctionMode):
             if not known:
                 raise LookupError(f"a tensor of shape {tuple(tensor.shape)} came from where torch shows nothing")
             for key in storages([tensor]):  # of tensors in one storage the twins are, while there is one
-                if (owner := self._uncounted.get(key)) is not None and owner is not tensor:
+                if (owner := self._owners.get(key)) is not None and owner is not tensor:
                     self._twin(owner, known=True)
             twin = self._mode.from_tensor(tensor if tensor.is_leaf else tensor.detach())
         self._twins[tensor] = twin

@@ -6,7 +6,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -157,15 +157,12 @@ def _found(configured: Any) -> Iterator[Optimizer]:
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    numpy: Any = sys.modules.get("numpy.random")
-    python, state = random.getstate(), numpy and numpy.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.set_state(state)
+    with ExitStack() as kept:
+        kept.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        kept.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy.random")) is not None:
+            kept.callback(numpy.set_state, numpy.get_state())
+        yield
 
 
 class _Unread(TorchDispatchMode):

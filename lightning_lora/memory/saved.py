@@ -79,18 +79,19 @@ class Saved:
         """Bytes, of each storage once."""
         self._ignored = ignored
         self._held: weakref.WeakSet[Held] = weakref.WeakSet()
-        self._grown = False
+        self.grown = False
+        """Whether more has been saved since the last measurement."""
 
     def hold(self, tensor: Tensor) -> Held:
         """Save ``tensor``."""
         held = Held(tensor)
         self._held.add(held)
-        self._grown = True
+        self.grown = True
         return held
 
     def give(self, held: Held) -> Tensor:
         """Return what was saved."""
-        if self._grown:
+        if self.grown:
             self.measure()
         return held.tensor
 
@@ -98,4 +99,4 @@ class Saved:
         """Add up what stands now."""
         standing, ignored = storages(held.tensor for held in self._held), storages(self._ignored())
         self.most = max(self.most, sum(storage.nbytes() for key, storage in standing.items() if key not in ignored))
-        self._grown = False
+        self.grown = False
