@@ -1,8 +1,16 @@
-"""Names of what is wrapped: ``torch.compile``, activation checkpoints and Fabric put a module into another one."""
+"""Names of modules and parameters: without those of wrappers, and with stars for numbers.
+
+``torch.compile``, activation checkpoints and Fabric put a module into another one, which adds a name.
+"""
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A part of a name that is a number, such as that of a layer."""
 
 COMPILED, CHECKPOINTED, FABRIC = "_orig_mod", "_checkpoint_wrapped_module", ("_original_module", "_forward_module")
 """What the module inside is called by each."""
@@ -16,6 +24,11 @@ def plain_name(name: str) -> str:
 def state_key(name: str) -> str:
     """The key in a ``state_dict`` of what is called ``name``: checkpoints and Fabric take their own names out of it."""
     return ".".join(part for part in name.split(".") if part not in (CHECKPOINTED, *FABRIC))
+
+
+def starred(name: str) -> str:
+    """``name`` with a star for each part that is a number."""
+    return NUMBER.sub("*", name)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ from lightning_lora.checkpoint.files import File, read
 from lightning_lora.checkpoint.format import weight_key
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import distinct_places
+from lightning_lora.naming import NUMBER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,10 +166,8 @@ def _draw_map(axes: Axes, values: Tensor, layers: list[str], columns: list[str],
 
 def _cell(name: str) -> tuple[int, str]:
     """Return the layer of an adapter, -1 where its name has no number, and its name within a layer."""
-    number = re.search(r"(?<![^.])\d+(?![^.])", name)
-    if number is None:
-        return -1, name
-    return int(number[0]), f"{name[: number.start()]}*{name[number.end() :]}"
+    number = NUMBER.search(name)
+    return (-1, name) if number is None else (int(number[0]), NUMBER.sub("*", name, count=1))
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import DECOMPOSITIONS, Adapter, full_adapters
+from lightning_lora.adapters.named import NamedAdapters
 from lightning_lora.errors import LoRAError, warn
 from lightning_lora.hosts import (
     Host,
@@ -381,13 +382,15 @@ def take_out(module: nn.Module) -> None:
 def adapters(module: nn.Module) -> dict[str, Adapter]:
     """Return the adapters in ``module``: name -> adapter with ``A``, ``B``, ``scale`` and ``delta_weight()``.
 
+    They are printed, and shown by notebooks, as a table.
+
     The name is that of the module whose ``weight`` is adapted, or of any other parameter. What is compiled, or inside
     an activation checkpoint, has the name that it would have without.
     """
     found: dict[int, tuple[str, Adapter]] = {}
     for place in places(module, remove_duplicate=True):
         found.setdefault(id(place.adapter), (place.name, place.adapter))
-    return dict(found.values())
+    return NamedAdapters(found.values())
 
 
 def places(module: nn.Module, remove_duplicate: bool = False) -> Iterator[Place]:

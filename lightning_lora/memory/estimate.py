@@ -6,7 +6,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,10 +20,10 @@ from torchmetrics import Metric
 from lightning_lora import _compat
 from lightning_lora.injection.inject import inject_options
 from lightning_lora.injection.options import Options
-from lightning_lora.memory.activations import Saved, leaves, nbytes, storages, tensors_in
 from lightning_lora.memory.meter import standing_gradient
 from lightning_lora.memory.optimizer_states import derived_nbytes, owners
 from lightning_lora.memory.report import PARTS, Memory, MemoryReport
+from lightning_lora.memory.saved import Saved, leaves, nbytes, tensors_in
 
 
 def estimate_memory(
@@ -104,7 +104,8 @@ def _without_data(module: nn.Module, mode: Any) -> Any:
 
 def _dry_run(module: nn.Module, optimizers: int, step: str, batch: Any) -> tuple[int, list[nn.Parameter]]:
     """Bytes that a step saves for the backward, and the parameters that it would give gradients to."""
-    saved = Saved(set(storages([*module.parameters(), *module.buffers()])))
+    saved = Saved(lambda: (*module.parameters(), *module.buffers()))
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.hold, saved.give)
     device = next(module.parameters()).device
     args = tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, copy.deepcopy(batch))
     stand_ins = Mute() if optimizers == 1 else [Mute()] * optimizers
@@ -118,13 +119,14 @@ def _dry_run(module: nn.Module, optimizers: int, step: str, batch: Any) -> tuple
             vars(child)["manual_backward"] = lambda loss, *_, **__: loss.backward()
     # compiled modules run as they were written; where nothing was compiled, the compiler is not imported for this
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with _same_random_numbers(), _Unread(), eager, torch.enable_grad(), saved.counting():
+    with _same_random_numbers(), _Unread(), eager, torch.enable_grad(), hooks:
         if step == "training_step":
             output = cast(Any, module).training_step(args, 0)
         elif isinstance(args, dict):
             output = module(**args)
         else:
             output = module(*args) if isinstance(args, list | tuple) else module(args)
+    saved.measure()
     roots = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     trained, reached = [p for p in module.parameters() if p.requires_grad], leaves(roots)
     if not reached.issuperset(map(id, trained)):  # the graph does not show what a reentrant checkpoint has
@@ -155,15 +157,12 @@ def _found(configured: Any) -> Iterator[Optimizer]:
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    numpy: Any = sys.modules.get("numpy.random")
-    python, state = random.getstate(), numpy and numpy.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.set_state(state)
+    with ExitStack() as kept:
+        kept.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        kept.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy.random")) is not None:
+            kept.callback(numpy.set_state, numpy.get_state())
+        yield
 
 
 class _Unread(TorchDispatchMode):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_lora import _compat
 from lightning_lora.injection.inject import places, trained_without
-from lightning_lora.memory.activations import Watch, nbytes, parameters
+from lightning_lora.memory.activations import Watch, parameters
 from lightning_lora.memory.optimizer_states import Owner, derived_nbytes, measured_nbytes, owners
 from lightning_lora.memory.report import Memory, MemoryReport
+from lightning_lora.memory.saved import nbytes
 from lightning_lora.weights import read_only_weights
 from lightning_lora.weights.sharded import makes_states, reshard
 
@@ -45,25 +45,16 @@ class MemoryMeter:
         self._module, self._optimizers, self._processes = module, optimizers, processes
         self._full = dict(full or {})
         self._watch: Watch | None = None
-        self._blind = ""
         self._gradients = self._reduced = 0
         self._stepped: set[Optimizer] = set()
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
 
     def begin_batch(self, batch: Any = None) -> None:
         """Watch what is saved for the backward from here on, if no batch has saved anything yet."""
-        if self._blind or (self._watch is not None and self._watch.lora.most):
-            return
-        if _compat.is_compiled(self._module):
-            self._blind = "activations of compiled modules are not measured"
-            return
-        self._watch = Watch(
-            self._module,
-            set(trained_without(self._module).values()),
-            batch,
-            manual=not getattr(self._module, "automatic_optimization", True),
-        )
-        self._watch.begin()
+        if self._watch is None or not (self._watch.blind or self._watch.lora.most):
+            manual = not getattr(self._module, "automatic_optimization", True)
+            self._watch = Watch(self._module, set(trained_without(self._module).values()), batch, manual)
+            self._watch.begin()
 
     def end_batch(self) -> None:
         """Leave everything as it was, and make the report if an optimizer has taken a step."""
@@ -92,51 +83,47 @@ class MemoryMeter:
         self._reduced = max(self._reduced, _full_nbytes(standing))
 
     def _read(self) -> MemoryReport:
+        module, watch = self._module, self._watch
+        assert watch is not None, "an optimizer has stepped before the first batch"
         own = owners(self._optimizers)
         known = own | self._full
         default = next(iter(own.values()))
-        for place in places(self._module):  # the optimizer of its adapter would have the weight
+        for place in places(module):  # the optimizer of its adapter would have the weight
             owner = next((own[p] for p in place.adapter.trained.values() if p in own), default)
             known.setdefault(place.weight, owner)
-        lora, full, reached, notes = self._activations()
-        present = [p for p in trained_without(self._module).values() if not is_lazy(p)]
-        trained = [p for p in present if reached is None or p in reached]
-        derived = ["optimizer"] * (not self._stepped.issuperset(self._optimizers))
+        trained = [p for p in trained_without(module).values() if not is_lazy(p)]
+        if watch.reached and not watch.unknown:
+            trained = [p for p in trained if p in watch.reached]
         state: int | None = measured_nbytes(self._optimizers)
-        if derived:
+        derived = set()
+        if not self._stepped.issuperset(self._optimizers):
             state = derived_nbytes((p, owner) for p, owner in own.items() if p.requires_grad)
-        projected = standing_gradient(self._module)
-        factors = {p for place in places(self._module) for p in place.adapter.parameters()}
-        stored = [tensor for storage in read_only_weights(self._module).values() for tensor in storage.tensors()]
+            derived.add("optimizer")
+        if projected := standing_gradient(module):
+            derived.add("gradients")
+        factors = {p for place in places(module) for p in place.adapter.parameters()}
+        stored = [tensor for storage in read_only_weights(module).values() for tensor in storage.tensors()]
+        note = watch.blind or (watch.unknown and f"Activations of full fine-tuning: {watch.unknown}")
         return MemoryReport(
             Memory(
-                parameters=nbytes([*parameters(self._module), *stored]),
+                parameters=nbytes([*parameters(module), *stored]),
                 gradients=self._gradients + projected,
                 optimizer=state,
-                activations=lora,
+                activations=None if watch.blind else watch.lora.most,
                 communicated=self._reduced if self._processes > 1 else 0,
-                derived=frozenset(derived + ["gradients"] * bool(projected)),
+                derived=frozenset(derived),
             ),
             Memory(
-                parameters=nbytes([*(p for p in self._module.parameters() if p not in factors), *stored]),
+                parameters=nbytes([*(p for p in module.parameters() if p not in factors), *stored]),
                 gradients=nbytes(trained),
                 optimizer=derived_nbytes((p, known.get(p, default)) for p in trained),
-                activations=full,
+                activations=None if watch.unknown else watch.full.most,
                 communicated=_full_nbytes(trained) if self._processes > 1 else 0,
                 derived=frozenset({"gradients", "optimizer", "activations"}),
             ),
-            _peak(next(self._module.parameters()).device),
-            notes,
+            _peak(next(module.parameters()).device),
+            (note,) if note else (),
         )
-
-    def _activations(self) -> tuple[int | None, int | None, set[Tensor] | None, tuple[str, ...]]:
-        """What the step has saved, what it would have saved, the parameters then reached, and notes."""
-        watch = self._watch
-        if watch is None or watch.blind:
-            return None, None, None, ((watch.blind if watch else self._blind),)
-        if watch.unknown:
-            return watch.lora.most, None, None, (f"Activations of full fine-tuning: {watch.unknown}",)
-        return watch.lora.most, watch.full.most, watch.reached or None, ()
 
 
 def standing_gradient(module: nn.Module) -> int:

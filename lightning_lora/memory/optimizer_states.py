@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.memory.activations import nbytes, plain_tensors
+from lightning_lora.memory.saved import nbytes, plain_tensors, tensors_in
 
 Owner = tuple[Optimizer, Mapping[str, Any]]
 """An optimizer and one of its groups."""
@@ -35,7 +35,7 @@ def owners(optimizers: Iterable[Optimizer]) -> dict[Tensor, Owner]:
 
 def measured_nbytes(optimizers: Iterable[Optimizer]) -> int:
     """Bytes of all tensors in the states of ``optimizers``."""
-    return nbytes(tensor for optimizer in optimizers for tensor in _tensors(optimizer.state))
+    return nbytes(tensor for optimizer in optimizers for tensor in tensors_in(optimizer.state))
 
 
 def derived_nbytes(owned: Iterable[tuple[Tensor, Owner]]) -> int | None:
@@ -66,7 +66,7 @@ def _after_a_step(optimizer: Optimizer, group: Mapping[str, Any], parameters: li
     return sum(
         _grown(entry, kind[0], tuple(parameter.shape))
         for parameter, kind in zip(parameters, kinds, strict=True)
-        for entry in _tensors(other.state[smalls[kind]])
+        for entry in tensors_in(other.state[smalls[kind]])
     )
 
 
@@ -87,14 +87,3 @@ def _grown(entry: Tensor, small: tuple[int, ...], large: tuple[int, ...]) -> int
         sides = dict(zip(small, large, strict=True))
         return size * math.prod(sides.get(side, 1) for side in entry.shape) // entry.numel()
     return size * math.prod(large) // math.prod(small)
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value)

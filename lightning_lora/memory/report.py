@@ -107,6 +107,9 @@ class MemoryReport:
         """The table."""
         return self.table().plain()
 
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draws full fine-tuning and LoRA as two stacked bars.
 

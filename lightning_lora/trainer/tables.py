@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from torch import nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.injection.inject import Injection, adapters, injections, places
+from lightning_lora.injection.inject import Injection, adapters, distinct_places, injections
 from lightning_lora.injection.targets import summary
-from lightning_lora.naming import plain_name
-from lightning_lora.table import Table
+from lightning_lora.naming import plain_name, starred
+from lightning_lora.table import Table, rows_of_alike
 from lightning_lora.weights.quantized import numel
 
 
@@ -25,23 +24,19 @@ def print_summary(module: nn.Module) -> None:
 def _rows(module: nn.Module) -> list[tuple[str, ...]]:
     """One row for all adapted modules whose names differ in numbers only and whose adapters are alike."""
     asked = _ranks_asked_for(module)
-    groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
-    for place in {id(place.adapter): place for place in places(module)}.values():
-        adapter = place.adapter
-        weight = " x ".join(map(str, adapter.shape))
-        group = _starred(place.name), type(place.host).__name__, weight, _rank(adapter, asked.get(place.name, 0))
-        groups.setdefault(group, []).append((place.name, sum(p.numel() for p in adapter.trained.values())))
-    return [
+    rows = rows_of_alike(
         (
-            starred if len(members) > 1 else members[0][0],
-            str(len(members)),
-            kind,
-            weight,
-            rank,
-            _count(sum(size for _, size in members)),
+            place.name,
+            (
+                type(place.host).__name__,
+                " x ".join(map(str, place.adapter.shape)),
+                _rank(place.adapter, asked.get(place.name, 0)),
+            ),
+            sum(p.numel() for p in place.adapter.trained.values()),
         )
-        for (starred, kind, weight, rank), members in groups.items()
-    ]
+        for place in distinct_places(module)
+    )
+    return [(*cells, _count(size)) for cells, size in rows]
 
 
 def _ranks_asked_for(module: nn.Module) -> dict[str, int]:
@@ -67,11 +62,6 @@ def _is_no_smaller(adapter: Adapter) -> bool:
     return adapter.rank * (m + n) >= m * n
 
 
-def _starred(name: str) -> str:
-    """``name`` with a star for each part that is a number."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
 def _totals(module: nn.Module) -> list[tuple[str, str]]:
     factors = {id(p) for adapter in adapters(module).values() for p in adapter.parameters()}
     base = {name: p for name, p in module.named_parameters() if id(p) not in factors}
@@ -95,7 +85,7 @@ def _totals(module: nn.Module) -> list[tuple[str, str]]:
 
 
 def _owners(names: Iterable[str], most: int = 4) -> str:
-    grouped = list(dict.fromkeys(map(_starred, names)))
+    grouped = list(dict.fromkeys(map(starred, names)))
     more = f", and {len(grouped) - most} more" if len(grouped) > most else ""
     return f" ({', '.join(grouped[:most])}{more})" if grouped else ""
 
