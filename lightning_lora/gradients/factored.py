@@ -48,7 +48,7 @@ def linear(
     """
     x = _in_its_dtype(x)
     if takes_formula(x):
-        return F.linear(x, weight, bias) + increment(scale, F.dropout(x, dropout), A.to(x.dtype), B.to(x.dtype))
+        return F.linear(x, weight, bias) + increment(scale, _dropped(x, dropout), A.to(x.dtype), B.to(x.dtype))
     mask, scale = _mask(x, scale, dropout)
     return _Linear.apply(x, weight, bias, A, B, mask, scale)
 
@@ -60,7 +60,7 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
     """
     x = _in_its_dtype(x)
     if takes_formula(x):
-        return y + increment(scale, F.dropout(x, dropout), A.to(x.dtype), B.to(x.dtype)).to(y.dtype)
+        return y + increment(scale, _dropped(x, dropout), A.to(x.dtype), B.to(x.dtype)).to(y.dtype)
     mask, scale = _mask(x, scale, dropout)
     return _Add.apply(y, x, A, B, mask, scale)
 
@@ -97,6 +97,14 @@ def _mask(x: Tensor, scale: float, dropout: float) -> tuple[Tensor | None, float
         return None, scale
     kept = 1 - dropout
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(kept), scale / kept
+
+
+def _dropped(x: Tensor, dropout: float) -> Tensor:
+    """Return ``x`` after dropout, of a strided tensor with the mask that :func:`_mask` draws."""
+    if x.is_nested or x.layout is not torch.strided:
+        return F.dropout(x, dropout)
+    mask, scale = _mask(x, 1.0, dropout)
+    return x if mask is None else x * mask * scale
 
 
 def _rows(tensor: Tensor) -> Tensor:
