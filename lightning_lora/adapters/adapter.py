@@ -415,6 +415,15 @@ class Adapter(nn.Module):
         A, B = self.factors()
         return A.detach().clone(), B.detach().clone()
 
+    def factors_with(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What :meth:`factors` gives where ``tensors`` stand for the parameters of their names."""
+        own = self._parameters
+        vars(self)["_parameters"] = {**own, **tensors}
+        try:
+            return self.factors()
+        finally:
+            vars(self)["_parameters"] = own
+
     @torch.no_grad()
     @full_precision()
     def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:

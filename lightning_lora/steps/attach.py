@@ -250,7 +250,7 @@ class Follower:
 
         All tensors are full.
         """
-        A, B = now.with_tensors({**now.state_dict(), **before}).factors()
+        A, B = now.factors_with(before)
         self.place.stored.add_step(lambda weight, rows: now.follow(weight, A, B, rows), now.has_rows)
         self.adapter.lost = now.lost
 
