@@ -100,7 +100,8 @@ def main() -> None:
     defaults = [str(Path(__file__).with_suffix(".yaml"))]
     cli = CLI(ViT, Digits, run=False, parser_kwargs={"default_config_files": defaults})
     old, new = Digits([0, 1, 2, 3, 4]), cli.datamodule
-    Trainer(max_epochs=cli.config.pretraining_epochs, logger=False, enable_checkpointing=False).fit(cli.model, old)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(max_epochs=cli.config.pretraining_epochs, **quiet).fit(cli.model, old)
     pretrained = copy.deepcopy(cli.model)
 
     cli.trainer.fit(cli.model, new)  # with LoRA

@@ -105,10 +105,8 @@ def main() -> None:
     defaults = [str(Path(__file__).with_suffix(".yaml"))]
     cli = CLI(CharacterLSTM, Text, run=False, parser_kwargs={"default_config_files": defaults})
     model, code = cli.model, cli.datamodule
-    pretraining = Trainer(
-        max_steps=cli.config.pretraining_steps, limit_val_batches=0, logger=False, enable_checkpointing=False
-    )
-    pretraining.fit(model, Text("prose"))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    Trainer(max_steps=cli.config.pretraining_steps, **quiet).fit(model, Text("prose"))
 
     def report(name: str, model: CharacterLSTM) -> None:
         (found,) = cli.trainer.validate(model, code, verbose=False)
