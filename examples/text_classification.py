@@ -88,9 +88,7 @@ class Docstrings(LightningDataModule):
                 texts.append(found[index])
                 topics.append(topic)
         tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-        encoded = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
+        encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         dataset = TensorDataset(encoded.input_ids, encoded.attention_mask, torch.tensor(topics))
         self.train, self.val = random_split(dataset, [0.8, 0.2], torch.Generator().manual_seed(0))
 
