@@ -43,13 +43,13 @@ class Policy(LightningModule):
         self.model = AutoModelForCausalLM.from_pretrained(**pretrained(name_or_path), dtype=torch.float32)
 
     def log_probability(self, tokens: Tensor, in_answer: Tensor) -> Tensor:
-        """Return log p(answer | question), (b,), of ``tokens`` (b, t); ``in_answer`` (b, t) says which are the answer's."""
+        """Return log p(answer | question), (b,), of ``tokens`` (b, t), of which ``in_answer`` (b, t) marks the answer."""
         logits = self.model(tokens, use_cache=False).logits[:, :-1]
         scores = -cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         return (scores.view(len(tokens), -1) * in_answer[:, 1:]).sum(1)
 
     def margin(self, batch: list[Tensor]) -> Tensor:
-        """Return by how much the policy prefers the chosen answer more than the reference does, (pairs,), times beta."""
+        """Return beta times how much more the policy prefers the chosen answer than the reference does, (pairs,)."""
         tokens, in_answer = (tensor.flatten(0, 1) for tensor in batch)
         policy = self.log_probability(tokens, in_answer)
         with torch.no_grad(), disabled(self):
@@ -71,7 +71,7 @@ class Policy(LightningModule):
 
 
 class Pairs(LightningDataModule):
-    """Questions with a chosen and a rejected answer; 16 are held out.
+    """Questions with a chosen and a rejected answer; 8 are held out.
 
     Args:
         name_or_path: Whose tokenizer to use; the command line takes the model's.
@@ -80,7 +80,7 @@ class Pairs(LightningDataModule):
         batch_size: Pairs in a batch.
     """
 
-    def __init__(self, name_or_path: str = BUNDLED, pairs: int = 60, length: int = 64, batch_size: int = 3) -> None:
+    def __init__(self, name_or_path: str = BUNDLED, pairs: int = 32, length: int = 64, batch_size: int = 2) -> None:
         super().__init__()
         self.tokenizer = AutoTokenizer.from_pretrained(**pretrained(name_or_path))
         self.pairs, self.length, self.batch_size = pairs, length, batch_size
@@ -101,11 +101,11 @@ class Pairs(LightningDataModule):
             if "\n" not in first and rest and len(chosen) < 32 and len(rejected) == 32 and longest <= self.length:
                 rows.append((name, [self.padded(question, answer) for answer in (chosen, rejected)]))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        rows = [rows[index] for index in order[: self.pairs + 16]]
-        self.held_out = [name for name, _ in rows[:16]]
+        rows = [rows[index] for index in order[: self.pairs + 8]]
+        self.held_out = [name for name, _ in rows[:8]]
         tokens, in_answer = torch.tensor([pair for _, pair in rows]).unbind(2)
-        self.val = TensorDataset(tokens[:16], in_answer[:16])
-        self.train = TensorDataset(tokens[16:], in_answer[16:])
+        self.val = TensorDataset(tokens[:8], in_answer[:8])
+        self.train = TensorDataset(tokens[8:], in_answer[8:])
 
     def padded(self, question: list[int], answer: list[int]) -> list[list[int]]:
         """Return the tokens, and which of them are the answer's."""
@@ -126,7 +126,7 @@ class CLI(LightningCLI):
         parser.link_arguments("model.name_or_path", "data.name_or_path")
 
 
-def answers(model: Policy, data: Pairs, count: int = 4) -> None:
+def answers(model: Policy, data: Pairs, count: int = 3) -> None:
     """Print how ``model`` answers some of the questions held out, and how long its answers are."""
     model.eval()
     lengths = []

@@ -1,6 +1,6 @@
 """Adapt an LSTM that has read prose, character by character, to source code: recurrent weights get adapters too.
 
-    python examples/lstm.py [--trainer.callbacks.rank 16] [--pretraining_steps 400] [--config my.yaml]
+    python examples/lstm.py [--trainer.callbacks.rank 16] [--pretraining_steps 250] [--config my.yaml]
 
 The prose is Python's own documentation, the code is that of its standard library. The defaults are in ``lstm.yaml``;
 LoRA is one entry there.
@@ -31,7 +31,7 @@ class CharacterLSTM(LightningModule):
         learning_rate: Of Adam.
     """
 
-    def __init__(self, width: int = 256, learning_rate: float = 4e-3) -> None:
+    def __init__(self, width: int = 192, learning_rate: float = 4e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate
