@@ -43,7 +43,7 @@ class Policy(LightningModule):
         self.model = AutoModelForCausalLM.from_pretrained(**pretrained(name_or_path), dtype=torch.float32)
 
     def log_probability(self, tokens: Tensor, in_answer: Tensor) -> Tensor:
-        """Return log p(answer | question), (b,), of ``tokens`` (b, t), of which ``in_answer`` (b, t) marks the answer."""
+        """Return log p(answer | question), (b,), of ``tokens`` (b, t), whose answer ``in_answer`` (b, t) marks."""
         logits = self.model(tokens, use_cache=False).logits[:, :-1]
         scores = -cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         return (scores.view(len(tokens), -1) * in_answer[:, 1:]).sum(1)

@@ -57,11 +57,12 @@ class CharacterLSTM(LightningModule):
 
     @torch.no_grad()
     def continuation(self, start: str, length: int = 120) -> str:
-        """Return ``start`` and the likeliest characters after it, one at a time."""
+        """Return ``start`` and what the model writes after it, drawn from its probabilities by a seed of its own."""
         given, state, text = torch.tensor([list(start.encode())]), None, start
+        draws = torch.Generator().manual_seed(0)
         for _ in range(length):
             hidden, state = self.lstm(self.embed(given), state)
-            given = self.head(hidden[:, -1:]).argmax(-1)
+            given = torch.multinomial(self.head(hidden[:, -1]).softmax(-1), 1, generator=draws)
             text += chr(given.item())
         return text
 
