@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision import (
     XLAPrecision,
 )
 from models import Digest, Net, ResumableLoader, batches, data, layers, structure, trainer
+from pairs import pairs
 from resume import SaveByHand
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -106,14 +107,9 @@ def fit(folder, precision, lora, *callbacks, epochs=2, file=None, model=Net):
 
 
 @pytest.mark.parametrize(
-    ("gradient", "decomposition", "adapter_dtype"),
-    [
-        *((*every, "float32") for every in EVERY),
-        *((gradient, "product", "bfloat16") for gradient in GRADIENTS),
-        *((gradient, "dora", "float64") for gradient in GRADIENTS),
-    ],
+    ("precision", "gradient", "decomposition", "adapter_dtype"),
+    pairs(WORKS, GRADIENTS, DECOMPOSITIONS, ("float32", "bfloat16", "float64")),
 )
-@pytest.mark.parametrize("precision", WORKS)
 def test_it_learns_keeps_its_dtypes_and_freezes_what_it_should(
     precision, gradient, decomposition, adapter_dtype, tmp_path
 ):
@@ -135,8 +131,7 @@ def test_it_learns_keeps_its_dtypes_and_freezes_what_it_should(
     assert structure(module)["classes"] == structure(Net())["classes"]
 
 
-@pytest.mark.parametrize(("gradient", "decomposition"), EVERY)
-@pytest.mark.parametrize("precision", WORKS)
+@pytest.mark.parametrize(("precision", "gradient", "decomposition"), pairs(WORKS, GRADIENTS, DECOMPOSITIONS))
 def test_its_file_is_plain_and_resumes_to_the_same_bits(precision, gradient, decomposition, tmp_path):
     options = {"rank": 2, "gradient": gradient, "decomposition": decomposition, "exact_resume": True}
     whole, parts, file = Digest(), Digest(), tmp_path / "saved.ckpt"
@@ -187,8 +182,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
 }
 
 
-@pytest.mark.parametrize(("gradient", "decomposition"), EVERY)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("kind", "gradient", "decomposition"), pairs(LAYERS, GRADIENTS, DECOMPOSITIONS))
 def test_a_layer_gives_the_dtype_that_it_gives_without_an_adapter(kind, gradient, decomposition):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for autocast in (None, torch.bfloat16, torch.float16):

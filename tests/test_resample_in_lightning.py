@@ -24,6 +24,7 @@ from models import (
     structure,
     trainer,
 )
+from pairs import pairs
 from test_bad_input import refused
 from test_checkpoint import printed_by_a_new_process, read
 from torch import nn
@@ -149,8 +150,8 @@ RESUMED = {
             optimizer=optimizer,
             steps=(3,) if k == 1 else (3, 4),
         )
-        for resample, k, gradient, precision, optimizer in itertools.product(
-            FORMS, (1, 3), HOLDING, PRECISIONS, ("Adam", "momentum")
+        for resample, k, gradient, precision, optimizer in pairs(
+            FORMS, (1, 3), HOLDING, PRECISIONS, ("Adam", "momentum", "fused")
         )
     },
     **{
@@ -160,23 +161,24 @@ RESUMED = {
             {"precision": precision, "max_steps": 7},
             steps=(3 + (precision == "bf16-true"),),
         )
-        for resample, gradient, precision in itertools.product(FORMS, HOLDING, PRECISIONS)
+        for resample, gradient, precision in pairs(FORMS, HOLDING, PRECISIONS)
     },
     **{
         f"tied-{resample}-{precision}": Run(
             TiedNet, {"k": 3, "resample": resample, "gradient": "projected"}, {"precision": precision}
         )
-        for resample, precision in itertools.product(FORMS, PRECISIONS[:2])
+        for resample, precision in zip(FORMS, PRECISIONS, strict=False)
     },
     **{
-        f"{resample}-{moments}": Run(lora={"k": 3, "resample": resample, "resample_moments": moments})
-        for resample, moments in itertools.product(FORMS, ("reset", "keep"))
-    },
-    **{
-        f"{resample}-{optimizer}": Run(
-            lora={"k": 3, "resample": resample, "resample_moments": "reset"}, optimizer=optimizer
+        f"{resample}-{moments}-{optimizer}": Run(
+            lora={"k": 3, "resample": resample, "resample_moments": moments}, optimizer=optimizer
         )
-        for resample, optimizer in itertools.product(FORMS, ("Adagrad", "RMSprop"))
+        for resample, moments, optimizer in (
+            ("both", "keep", "Adam"),
+            ("A", "keep", "momentum"),
+            ("both", "reset", "Adagrad"),
+            ("A", "reset", "RMSprop"),
+        )
     },
     **{
         f"{resample}-accumulated-clipped": Run(
@@ -191,17 +193,9 @@ RESUMED = {
         )
         for resample in FORMS
     },
-    **{f"{resample}-fused": Run(lora={"k": 3, "resample": resample}, optimizer="fused") for resample in FORMS},
     "A-bfloat16-adapters": Run(lora={"k": 3, "resample": "A", "adapter_dtype": "bfloat16"}),
 }
-IN_A_NEW_PROCESS = [
-    "both-3-merged-32-true-Adam",
-    "A-3-projected-bf16-true-momentum",
-    "zoo-both-projected-bf16-mixed",
-    "zoo-A-merged-bf16-true",
-    "tied-A-32-true",
-    "A-two-optimizers",
-]
+IN_A_NEW_PROCESS = list(RESUMED)[::5]
 
 
 @pytest.fixture(scope="module")
