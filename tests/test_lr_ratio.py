@@ -149,19 +149,6 @@ def test_a_removed_handle_ends_it():
     torch.testing.assert_close(a.B, torch.full_like(a.B, -0.1))
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_step_that_the_scaler_skips_moves_nothing(gradient):
-    module, known = adapted(torch.float32, gradient, lr_ratio=RATIO)
-    optimizer = torch.optim.SGD([p for a in known.values() for p in a.trained.values()], lr=0.1)
-    attach(module, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    x, _ = problem(torch.float32)
-    scaler.scale(module(x).sum() * math.inf).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert not any(a.B.any() for a in known.values())
-
-
 # ------------------------------------------------------------------------------------------------------- with a Trainer
 
 
