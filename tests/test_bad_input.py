@@ -103,10 +103,6 @@ def test_lazy_layers_that_are_named_are_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------- adapters twice
 
 
-def test_two_lora_callbacks_are_refused(tmp_path):
-    refused(tmp_path, Net(), LoRA(rank=2), LoRA(rank=3), match=["two LoRA callbacks", "rank_pattern"])
-
-
 def test_a_module_with_adapters_of_other_options_is_refused_and_those_of_the_same_are_adopted(tmp_path):
     model = Net()
     inject(model, rank=2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from models import Digest, Net, ResumableLoader, ScheduledNet, TwoOptimizersNet, trainer
+from pairs import pairs
 from torch import nn
 from zoo import ZOO, Zoo
 
@@ -58,9 +59,7 @@ def adapted(dtype, gradient="factored", **options):
     return module, adapters(module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "gradient", "dtype"), pairs(OPTIMIZERS, GRADIENTS, [torch.float32, torch.float64]))
 def test_it_equals_groups_of_their_own_for_b(name, gradient, dtype):
     """20 steps, two groups with rates of their own, a scheduler: to 1e-12 in float64, 1e-6 in float32."""
     kind, options = OPTIMIZERS[name]
@@ -175,9 +174,7 @@ class SaveFirst(Callback):
 MODELS = {ScheduledNet: {}, Zoo: ZOO, TwoOptimizersNet: {}}
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "gradient", "precision"), pairs(MODELS, GRADIENTS, ["32-true", "bf16-true"]))
 def test_a_run_resumes_to_the_same_bits_and_its_groups_are_those_of_a_run_without(model, gradient, precision, tmp_path):
     file = tmp_path / "saved.ckpt"
 

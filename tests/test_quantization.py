@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from models import Digest, Net, ResumableLoader, data, trainer
+from pairs import pairs
 from quantized import KINDS, PlainNet, QuantizedNet, dequantized
 from resume import SaveByHand
 from torch import Tensor, nn
@@ -303,9 +304,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, tuple]:
     return {kind: two_epochs(tmp_path_factory.mktemp(kind), QuantizedNet(kind)) for kind in KINDS}
 
 
-@every_kind
-@pytest.mark.parametrize("form", ["merged", "adapter"])
-@pytest.mark.parametrize("route", ["epoch", "after_fit"])
+@pytest.mark.parametrize(("kind", "form", "route"), pairs(KINDS, ["merged", "adapter"], ["epoch", "after_fit"]))
 def test_a_run_resumes_bit_for_bit(kind: str, form: str, route: str, uninterrupted, tmp_path: Path) -> None:
     file = file_of(tmp_path, QuantizedNet(kind), route, lora(checkpoint=form))
     resumed = two_epochs(tmp_path, QuantizedNet(kind), file, lora(checkpoint=form))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from lightning_utilities.core.imports import RequirementCache
 from models import digest
+from pairs import pairs
 from test_gradients import CASES, build, loss_of
 from torch import nn
 
@@ -123,11 +124,10 @@ def check_mean_of_one(samples, expected):
 # ------------------------------------------------------------------------------------------------ one step's update
 
 
-@pytest.mark.parametrize("lr", [1e-3, 0.1, 3.0])
-@pytest.mark.parametrize("gradient", HOLDING)
-@pytest.mark.parametrize(("rank", "alpha"), [(1, None), (4, 3.0)])
-def test_a_step_of_sgd_is_the_seeds_formula_with_its_term_of_second_order(rank, alpha, gradient, lr):
+@pytest.mark.parametrize(("scaled", "gradient", "lr"), pairs([(1, None), (4, 3.0)], HOLDING, [1e-3, 0.1, 3.0]))
+def test_a_step_of_sgd_is_the_seeds_formula_with_its_term_of_second_order(scaled, gradient, lr):
     """In the seed's layout: -eta s^2 (G B'B + A A'G) + eta^2 s^3 G B' A' G, several draws running."""
+    rank, alpha = scaled
     module, adapter = resampled(rank=rank, alpha=alpha, gradient=gradient)
     optimizer = torch.optim.SGD(trained(module), lr=lr)
     attach(module, optimizer)
@@ -164,9 +164,7 @@ def test_a_step_of_the_one_sided_form_has_no_term_of_second_order(gradient):
         torch.testing.assert_close(weight_of(module), expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("resample", FORMS)
-@pytest.mark.parametrize("gradient", HOLDING)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "gradient", "resample"), pairs(CASES, HOLDING, FORMS))
 def test_every_layer_moves_by_its_full_gradient_projected(case, gradient, resample):
     """To first order, for every weight of every kind of layer, against autograd in the plain module."""
     module, inputs, options = build(case)
@@ -248,8 +246,7 @@ def updates(count, k=1, resample="both", rank=4, alpha=None, gradient="merged", 
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("rank", [1, 4, 16])
-@pytest.mark.parametrize("resample", FORMS)
+@pytest.mark.parametrize(("resample", "rank"), [("both", 1), ("A", 4), ("both", 16)])
 def test_the_mean_update_is_c_times_the_full_gradient(resample, rank):
     check_mean(updates(1200, resample=resample, rank=rank), FORMS[resample] * full_gradient().flatten())
 
@@ -285,7 +282,7 @@ def test_these_tests_would_see_another_c():
             check_mean(seen, wrong * G)
 
 
-@pytest.mark.parametrize(("resample", "rank"), [("both", 1), ("A", 1), ("both", 16)])
+@pytest.mark.parametrize(("resample", "rank"), [("both", 1), ("A", 16)])
 def test_the_error_of_the_mean_falls_as_one_over_the_root_of_the_number_of_draws(resample, rank):
     """The slope of log error against log N, fitted to each of 16 independent runs; its mean with 99.9 % confidence."""
     G = FORMS[resample] * full_gradient().flatten()
@@ -397,8 +394,7 @@ def test_entries_are_normal_with_the_variance_one_over_r(rank):
     assert abs(entries.var().item() - 1) < z * math.sqrt(2 / count)
 
 
-@pytest.mark.parametrize("rank", [1, 4, 16])
-@pytest.mark.parametrize("resample", FORMS)
+@pytest.mark.parametrize(("resample", "rank"), [("both", 1), ("A", 4), ("both", 16)])
 def test_a_transposed_times_a_is_the_identity_on_average(resample, rank):
     """Of every entry, with 99.9 % confidence for all of them."""
     draws = [drawn(at=at, rank=rank, resample=resample) for at in range(3000)]
@@ -588,9 +584,7 @@ def test_momentum_at_a_draw_for_each_step_keeps_r_over_n_of_what_it_was(rank):
     check_mean_of_one((seen @ G / (G @ G)).view(-1, 20).mean(1), 1 / (1 - 0.9 * rank / N))
 
 
-@pytest.mark.parametrize("resample", FORMS)
-@pytest.mark.parametrize("moments", ["transfer", "keep", "reset"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "moments", "resample"), pairs(OPTIMIZERS, ["transfer", "keep", "reset"], FORMS))
 def test_every_optimizer_trains_with_draws(name, moments, resample):
     module, _ = resampled(k=2, resample=resample, rank=8, resample_moments=moments)
     optimizer = OPTIMIZERS[name](trained(module))
