@@ -67,6 +67,8 @@ class Run:
 
 
 class SaveByHand(Callback):
+    """Saves at the end of every epoch."""
+
     def __init__(self, file: Path) -> None:
         self.file = file
 
@@ -74,7 +76,16 @@ class SaveByHand(Callback):
         trainer.save_checkpoint(self.file)
 
 
+class SaveFirst(SaveByHand):
+    """Saves at the end of the first epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 0:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 ACCUMULATED = {"accumulate_grad_batches": 2}
+DOUBLE = {"adapter_dtype": "float64"}
 BESIDES = {"modules_to_save": ["layers.1"], "bias": "all", "use_rslora": True, "rank_pattern": {"layers.0": 4}}
 
 RESUMED = {
@@ -102,12 +113,6 @@ RESUMED = {
     "clipped": Run("steps", options={"gradient_clip_val": 0.1}),
     "made-in-setup": Run("steps", model=lambda: Net(made_in="setup")),
     "made-in-configure_model": Run("steps", model=lambda: Net(made_in="configure_model")),
-}
-WEIGHTS_ONLY = {f"{form}-weights_only": Run("weights_only", {"checkpoint": form}) for form in ("merged", "adapter")}
-
-DOUBLE = {"adapter_dtype": "float64"}
-
-IN_EVERY_GRADIENT = {
     **{
         f"{gradient}-gradient-{name}": Run(route, {"gradient": gradient, **lora}, options, model)
         for gradient, (name, (route, lora, options, model)) in zip(
@@ -140,14 +145,13 @@ IN_EVERY_GRADIENT = {
         "after_fit", {"gradient": "projected", **TIED}, {"precision": "bf16-true"}, TiedNet
     ),
 }
+WEIGHTS_ONLY = {f"{form}-weights_only": Run("weights_only", {"checkpoint": form}) for form in ("merged", "adapter")}
 
 
 def main(folder: Path) -> None:
     """Resumes every run that has a file in ``folder`` and prints, as JSON, what came of it."""
     results = {}
-    for name, run in {**RESUMED, **IN_EVERY_GRADIENT}.items():
-        if not (folder / name).exists():
-            continue
+    for name, run in RESUMED.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             digest = run.resumed(folder / name, folder / name / "saved.ckpt")

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from models import Digest, Net, ResumableLoader, trainer
 from pairs import pairs
+from resume import SaveFirst
 from test_gradients import CASES as GRADIENT_CASES
 from test_gradients import Operations, build, loss_of, tokens, x
 from torch import nn
@@ -62,6 +62,7 @@ INCREMENTS = [
     ("dora", "symmetric"),
     ("product", "symmetric"),
     ("product", "pissa"),
+    ("product", "zero"),
 ]
 """Decompositions, and where they start."""
 
@@ -663,19 +664,6 @@ def test_a_plain_state_loaded_into_a_trained_module_gives_the_plain_function(inc
     torch.testing.assert_close(output(module), after, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize(("decomposition", "init"), INCREMENTS)
-def test_a_copy_and_a_pickle_of_a_trained_module_compute_and_merge_alike(decomposition, init, gradient):
-    module, inputs = adapted("embedding", gradient, decomposition=decomposition, init=init)
-    nudge(module)
-    expected = module(*inputs).detach()
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(twin(*inputs), expected)
-        merge(twin)
-        torch.testing.assert_close(twin(*inputs), expected, rtol=1e-12, atol=1e-13)
-    assert torch.equal(module(*inputs), expected)
-
-
 # ------------------------------------------------------------------------------------------- the row of the padding
 
 
@@ -763,15 +751,6 @@ def test_a_decomposition_of_ones_own_has_the_gradients_of_its_formula(case, grad
     for name, a in adapters(module).items():
         for own, p in a.trained.items():
             torch.testing.assert_close(p.grad, values[name][own].grad, rtol=1e-10, atol=1e-12)
-
-
-class SaveFirst(Callback):
-    def __init__(self, file):
-        self.file = file
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.file)
 
 
 @pytest.mark.parametrize("checkpoint", ["merged", "adapter"])

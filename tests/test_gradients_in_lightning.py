@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import re
 import sys
 import warnings
@@ -24,16 +23,15 @@ from models import (
     structure,
     trainer,
 )
-from resume import IN_EVERY_GRADIENT, SaveByHand
+from resume import SaveByHand
 from test_bad_input import refused
-from test_checkpoint import printed_by_a_new_process, read
+from test_checkpoint import read
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO, EncoderNet, TiedNet, Zoo
 
 import lightning_lora
 from lightning_lora import LoRA, adapters, attach, inject, merge
-from lightning_lora.checkpoint.format import weight_key
 from lightning_lora.injection.inject import places
 
 HERE = Path(__file__).parent
@@ -107,102 +105,7 @@ def losses(folder, model, gradient, *callbacks, options=None, file=None, made_in
     return seen.values
 
 
-# -------------------------------------------------------------------------------------------------- files, and resuming
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One checkpoint of every kind, each in the folder of its name."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, run in IN_EVERY_GRADIENT.items():
-        (folder / name).mkdir()
-        run.saved(folder / name).rename(folder / name / "saved.ckpt")
-    return folder
-
-
-OUTSIDER = """
-import json, sys
-sys.modules["lightning_lora"] = None
-import torch
-import models, zoo
-outputs = {}
-for name, model in json.loads(sys.argv[2]).items():
-    state = torch.load(f"{sys.argv[1]}/{name}/saved.ckpt", weights_only=True)["state_dict"]
-    module = getattr(zoo, model, None) or getattr(models, model)
-    module = module()
-    module.load_state_dict(state, strict=True)
-    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in module.state_dict().items())
-    outputs[name] = module.eval()(models.batches()[0][0]).tolist()
-print(json.dumps(outputs))
-
-del sys.modules["lightning_lora"]
-import pathlib, resume
-resume.main(pathlib.Path(sys.argv[1]))
-"""
-
-
-@pytest.fixture(scope="module")
-def new_process(folder):
-    """What the models compute in a process without the library, and what the runs that it resumes with it end with."""
-    names = {name: type(run.model()).__name__ for name, run in IN_EVERY_GRADIENT.items()}
-    *_, outputs, results = printed_by_a_new_process("-c", OUTSIDER, str(folder), json.dumps(names))
-    return json.loads(outputs), json.loads(results)
-
-
-@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_new_process_resumes_to_the_same_bits_as_the_uninterrupted_run(name, new_process, tmp_path):
-    _, resumed = new_process
-    expected = IN_EVERY_GRADIENT[name].uninterrupted(tmp_path)
-    assert resumed[name] == [expected.module, expected.optimizers, expected.steps, []]
-    assert any("lora" in key for key in expected.names)
-
-
-def base_of(run):
-    """The plain model of ``run``, in the dtype that its Trainer gives it."""
-    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(run.options.get("precision"), torch.float32)
-    model = run.model()
-    model.configure_model()
-    return model.to(dtype)
-
-
-@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_file_has_the_base_models_keys_in_its_order_with_its_shapes_and_dtypes(name, folder):
-    file, plain = read(folder / name / "saved.ckpt"), base_of(IN_EVERY_GRADIENT[name])
-    expected = [(key, value.shape, value.dtype) for key, value in plain.state_dict().items()]
-    assert [(key, value.shape, value.dtype) for key, value in file["state_dict"].items()] == expected
-    assert all("lora" not in key for key in file["state_dict"]._metadata)
-    adapted = {weight_key(adapter, file["state_dict"]) for adapter in file["lightning_lora"]["adapters"]}
-    assert set(file["lightning_lora"]["base"]) == (adapted if "factored" in name else set())
-    for entry in file["lightning_lora"]["adapters"].values():
-        assert {key: type(value) for key, value in entry.items() if key != "padding_idx"} == {
-            "decomposition": str,
-            "A": torch.Tensor,
-            "B": torch.Tensor,
-            "shape": list,
-            "scale": float,
-            "transposed": bool,
-            "resample": type(None),
-            "key": str,
-            "steps": int,
-            "drawn_at": int,
-        }
-
-
-IGNORED = "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided"
-
-
-@pytest.mark.filterwarnings(IGNORED)
-@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_process_without_the_library_computes_what_the_injected_module_does(name, folder, new_process, tmp_path):
-    run = IN_EVERY_GRADIENT[name]
-    model = type(run.model())()
-    inject(model, **{"rank": 2, "alpha": 3, **run.lora})
-    trainer(tmp_path, run.callback()).validate(model, data(), ckpt_path=folder / name / "saved.ckpt", verbose=False)
-    assert all(adapter.delta_weight().abs().max() > 1e-3 for adapter in adapters(model).values())
-    actual = model.eval()(batches()[0][0]).detach()
-    # the weight is the file's, bit for bit, unless it is W0, which stands in the file plus its increment, rounded
-    tolerance = 0 if "factored" not in name else 0.05 if "bf16-true" in name else 1e-5
-    torch.testing.assert_close(actual, torch.tensor(new_process[0][name]), rtol=tolerance, atol=tolerance)
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -469,36 +372,7 @@ def test_lbfgs_is_refused_where_the_weight_would_lag_behind_and_trains_where_it_
 # ------------------------------------------------------------------------------------------- layers that are not called
 
 
-class Loss(Callback):
-    """What validation gives in the run, before any step and at the end."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        self.values.append(trainer.callback_metrics["val_loss"].item())
-        self.hosts = {place.name: not place.host.is_exact for place in places(pl_module)}
-
-
 NESTED = "ignore:The PyTorch API of nested tensors is in prototype stage"
-
-
-@pytest.mark.filterwarnings(NESTED)
-@pytest.mark.parametrize("targets", ["all-linear", ["self_attn", "linear1", "linear2"], ["linear1"]])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_validation_by_the_encoders_fast_path_sees_the_adapters(gradient, targets, tmp_path):
-    seen, model, loader = Loss(), EncoderNet(), data(1)
-    callback = lora(EncoderNet, gradient, target_modules=targets)
-    trainer(tmp_path, callback, seen).fit(model, data(), loader)
-    start, end = (
-        trainer(tmp_path).validate(module, loader, verbose=False)[0]["val_loss"] for module in (EncoderNet(), model)
-    )
-    assert seen.values[-1] == pytest.approx(end, rel=1e-5)
-    assert abs(end - start) > 1e-3
-    by_parameter = {name for name, is_by_parameter in seen.hosts.items() if is_by_parameter}
-    attention = {name for name in seen.hosts if "self_attn" in name}
-    assert by_parameter == (set(seen.hosts) if gradient == "projected" else attention)
-    assert bool(attention) == (targets != ["linear1"])
 
 
 @pytest.mark.filterwarnings(NESTED)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from models import Digest, Net, ResumableLoader, ScheduledNet, TwoOptimizersNet, trainer
 from pairs import pairs
+from resume import SaveFirst
 from torch import nn
 from zoo import ZOO, Zoo
 
@@ -160,15 +161,6 @@ class Groups(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         for optimizer in trainer.optimizers:
             self.seen += [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-
-class SaveFirst(Callback):
-    def __init__(self, file) -> None:
-        self.file = file
-
-    def on_train_epoch_end(self, trainer, pl_module) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.file)
 
 
 MODELS = {ScheduledNet: {}, Zoo: ZOO, TwoOptimizersNet: {}}

@@ -124,15 +124,6 @@ def test_the_increment_in_evaluation_is_the_same_whatever_the_kernel_does_to_w0(
 
 
 @every_kind
-def test_injection_does_not_change_the_function(kind: str) -> None:
-    module = nn.Sequential(KINDS[kind](nn.Linear(64, 96)))
-    x = torch.randn(5, 64)
-    before = module(x)
-    inject(module, rank=4)
-    assert torch.equal(module(x), before)
-
-
-@every_kind
 def test_merge_leaves_a_plain_linear_that_computes_the_same(kind: str) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(KINDS[kind](nn.Linear(64, 96)), nn.LayerNorm(96))
@@ -201,12 +192,13 @@ def test_an_adapted_layer_can_be_copied_and_pickled(kind: str) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("options", [{"init": "pissa"}, {"init": "symmetric"}, {"decomposition": "additive"}])
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}, {"init": "symmetric"}, {"decomposition": "additive"}])
 def test_starts_and_decompositions_that_need_no_gradient_of_w0_work(kind: str, options: dict) -> None:
     module = nn.Sequential(KINDS[kind](nn.Linear(64, 96)))
     weight, x = dequantized(module[0]).float(), torch.randn(5, 64)
     before = module(x)
     inject(module, rank=4, **options)
+    assert options or torch.equal(module(x), before)
     torch.testing.assert_close(module(x), before, rtol=1e-5, atol=1e-5)
     if options.get("init") == "pissa":
         A, B = adapters(module)["0"].A, adapters(module)["0"].B

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from models import Digest, Net, ResumableLoader, TwoOptimizersNet, data, digest, trainer
 from pairs import pairs
+from resume import SaveFirst
 from torch import nn
 from torch.utils.data import DataLoader
 from zoo import ZOO, TiedNet, Zoo
@@ -553,15 +554,6 @@ STARTS = ["zero", "symmetric", "orthogonal", "pissa", "gradient"]
 DECOMPOSED = [("additive", "zero"), *itertools.product(["product", "dora"], STARTS)]
 
 
-class SaveFirst(Callback):
-    def __init__(self, file) -> None:
-        self.file = file
-
-    def on_train_epoch_end(self, trainer, pl_module) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.file)
-
-
 class Output(Callback):
     """What the adapted module computes when training ends."""
 
@@ -620,7 +612,7 @@ def test_fit_save_resume_and_merge(decomposed, gradient, precision, tmp_path):
 SENSELESS = [
     *(({"decomposition": "additive", "init": i}, ["additive", i]) for i in STARTS[1:]),
     *(({"dropout": 0.1, "gradient": g}, ["dropout", g]) for g in HOLDING),
-    ({"resample_every_n_steps": 1}, ["resample_every_n_steps", "factored"]),
+    ({"resample_every_n_steps": 1}, ["resample_every_n_steps", "factored", "`gradient='merged'`", "'projected'"]),
     *(
         ({"resample_every_n_steps": 1, "gradient": "merged", "decomposition": d}, ["resample_every_n_steps", d])
         for d in ("additive", "dora")

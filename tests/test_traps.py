@@ -59,19 +59,6 @@ def test_3_a_file_without_callbacks_restores_the_adapters_of_an_injected_module(
     assert digest(dict(sorted(trained_state(model).items()))) == digest(dict(sorted(state.end.items())))
 
 
-def test_3_a_plain_state_loads_strictly_into_the_adapted_module_and_is_the_whole_weight(tmp_path):
-    class LoadsPretrained(Net):
-        def on_fit_start(self) -> None:
-            for adapter in adapters(self).values():
-                torch.nn.init.ones_(adapter.B)
-            self.layers.load_state_dict(layers(seed=1).state_dict())
-
-    state = State()
-    trainer(tmp_path, LoRA(rank=2), state).fit(LoadsPretrained(), data())
-    assert torch.equal(state.start["layers.0.weight"], layers(seed=1)[0].weight)
-    assert not state.start["layers.0.lora.B"].any()
-
-
 class RestoresLate(SingleDeviceStrategy):
     """Loads checkpoints when the module is on its device, as strategies that shard do."""
 
