@@ -24,7 +24,6 @@ from pairs import pairs
 from resume import SaveByHand
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from zoo import ZOO, Zoo
 
 from lightning_lora import LoRA, adapters, inject
 from lightning_lora.errors import LoRAError
@@ -150,23 +149,6 @@ def test_its_file_is_plain_and_resumes_to_the_same_bits(precision, gradient, dec
     assert (parts.module, parts.optimizers, parts.steps) == (whole.module, whole.optimizers, whole.steps)
 
 
-class Outputs(Callback):
-    """The dtype of what the forward gives in the run."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        with trainer.precision_plugin.forward_context():
-            self.dtype = pl_module(trainer.precision_plugin.convert_input(batch)[0]).dtype
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("precision", WORKS)
-def test_in_a_run_the_output_has_the_dtype_that_it_has_without_adapters(precision, gradient, tmp_path):
-    with_adapters, without = Outputs(), Outputs()
-    fit(tmp_path, precision, LoRA(rank=2, gradient=gradient), with_adapters, epochs=1)
-    fit(tmp_path, precision, without, epochs=1)
-    assert with_adapters.dtype == without.dtype
-
-
 class Doubled(nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)
@@ -286,15 +268,6 @@ def test_a_resumed_run_goes_on_with_the_scale_that_skipped_steps_have_lowered(gr
         scales.append(scaler.get_scale())
     assert ends[2] == ends[0] != ends[1]
     assert scales == [256.0 / 64, 256.0 / 8, 256.0 / 64]
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_layers_of_every_kind_learn_in_every_precision(gradient, precision, tmp_path):
-    watch = Watch()
-    fit(tmp_path, precision, LoRA(rank=2, gradient=gradient, **ZOO), watch, epochs=6, model=Zoo)
-    assert sum(watch.losses[-8:]) < 0.98 * sum(watch.losses[:8])
-    assert watch.factors == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
