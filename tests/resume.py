@@ -1,6 +1,7 @@
 """Runs that are saved in the middle and resumed. As a program it resumes all of them, in a process of its own."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import warnings
@@ -66,6 +67,8 @@ class Run:
 
 
 class SaveByHand(Callback):
+    """Saves at the end of every epoch."""
+
     def __init__(self, file: Path) -> None:
         self.file = file
 
@@ -73,7 +76,16 @@ class SaveByHand(Callback):
         trainer.save_checkpoint(self.file)
 
 
+class SaveFirst(SaveByHand):
+    """Saves at the end of the first epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 0:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 ACCUMULATED = {"accumulate_grad_batches": 2}
+DOUBLE = {"adapter_dtype": "float64"}
 BESIDES = {"modules_to_save": ["layers.1"], "bias": "all", "use_rslora": True, "rank_pattern": {"layers.0": 4}}
 
 RESUMED = {
@@ -101,45 +113,45 @@ RESUMED = {
     "clipped": Run("steps", options={"gradient_clip_val": 0.1}),
     "made-in-setup": Run("steps", model=lambda: Net(made_in="setup")),
     "made-in-configure_model": Run("steps", model=lambda: Net(made_in="configure_model")),
-}
-WEIGHTS_ONLY = {f"{form}-weights_only": Run("weights_only", {"checkpoint": form}) for form in ("merged", "adapter")}
-
-DOUBLE = {"adapter_dtype": "float64"}
-
-IN_EVERY_GRADIENT = {
     **{
         f"{gradient}-gradient-{name}": Run(route, {"gradient": gradient, **lora}, options, model)
-        for gradient in ("merged", "projected")
-        for name, (route, lora, options, model) in {
-            "accumulated": ("steps", {}, ACCUMULATED, Net),
-            "after_fit": ("after_fit", {}, {}, Net),
-            "bf16-true-accumulated": ("steps", {}, {"precision": "bf16-true", **ACCUMULATED}, Net),
-            "bf16-true-after_fit": ("after_fit", {}, {"precision": "bf16-true"}, Net),
-            "bf16-mixed": ("steps", {}, {"precision": "bf16-mixed"}, Net),
-            "bfloat16-adapters": ("steps", {"adapter_dtype": "bfloat16"}, {}, Net),
-            "64-true": ("steps", DOUBLE, {"precision": "64-true"}, lambda: Net(made_in="configure_model")),
-            "trained-besides": ("steps", BESIDES, {"gradient_clip_val": 0.1}, ScheduledNet),
-            "two-optimizers-bf16-true": ("epoch", {}, {"precision": "bf16-true"}, TwoOptimizersNet),
-        }.items()
+        for gradient, (name, (route, lora, options, model)) in zip(
+            itertools.cycle(("merged", "projected")),
+            {
+                "accumulated": ("steps", {}, ACCUMULATED, Net),
+                "after_fit": ("after_fit", {}, {}, Net),
+                "bf16-true-accumulated": ("steps", {}, {"precision": "bf16-true", **ACCUMULATED}, Net),
+                "bf16-true-after_fit": ("after_fit", {}, {"precision": "bf16-true"}, Net),
+                "bf16-mixed": ("steps", {}, {"precision": "bf16-mixed"}, Net),
+                "bfloat16-adapters": ("steps", {"adapter_dtype": "bfloat16"}, {}, Net),
+                "64-true": ("steps", DOUBLE, {"precision": "64-true"}, lambda: Net(made_in="configure_model")),
+                "trained-besides": ("steps", BESIDES, {"gradient_clip_val": 0.1}, ScheduledNet),
+                "two-optimizers-bf16-true": ("epoch", {}, {"precision": "bf16-true"}, TwoOptimizersNet),
+            }.items(),
+        )
     },
     **{
         f"{gradient}-zoo-{precision}": Run("steps", {"gradient": gradient, **ZOO}, {"precision": precision}, Zoo)
-        for gradient in ("factored", "merged", "projected")
-        for precision in ("32-true", "bf16-true", "bf16-mixed")
+        for gradient, precision in (
+            ("factored", "bf16-true"),
+            ("factored", "bf16-mixed"),
+            ("merged", "32-true"),
+            ("merged", "bf16-mixed"),
+            ("projected", "32-true"),
+            ("projected", "bf16-true"),
+        )
     },
-    "projected-tied": Run("steps", {"gradient": "projected", **TIED}, ACCUMULATED, TiedNet),
     "projected-tied-bf16-true": Run(
         "after_fit", {"gradient": "projected", **TIED}, {"precision": "bf16-true"}, TiedNet
     ),
 }
+WEIGHTS_ONLY = {f"{form}-weights_only": Run("weights_only", {"checkpoint": form}) for form in ("merged", "adapter")}
 
 
 def main(folder: Path) -> None:
     """Resumes every run that has a file in ``folder`` and prints, as JSON, what came of it."""
     results = {}
-    for name, run in {**RESUMED, **IN_EVERY_GRADIENT}.items():
-        if not (folder / name).exists():
-            continue
+    for name, run in RESUMED.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             digest = run.resumed(folder / name, folder / name / "saved.ckpt")

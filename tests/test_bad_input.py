@@ -69,11 +69,6 @@ def test_options_that_do_not_fit_the_module_are_refused_by_fit(options, match, m
         assert all(part in str(caught.value) for part in match)
 
 
-def test_an_unknown_form_of_checkpoint_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"`checkpoint` must be one of 'merged', 'adapter', got 'merge'.*'merged'"):
-        LoRA(checkpoint="merge")
-
-
 def test_weights_on_the_meta_device_that_are_named_are_refused(tmp_path):
     model = Net()
     model.layers[3] = nn.Linear(16, 12, device="meta")
@@ -101,10 +96,6 @@ def test_lazy_layers_that_are_named_are_refused(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- adapters twice
-
-
-def test_two_lora_callbacks_are_refused(tmp_path):
-    refused(tmp_path, Net(), LoRA(rank=2), LoRA(rank=3), match=["two LoRA callbacks", "rank_pattern"])
 
 
 def test_a_module_with_adapters_of_other_options_is_refused_and_those_of_the_same_are_adopted(tmp_path):

@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib
 import io
+import itertools
 import pickle
 
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
 from models import Digest, Net, ResumableLoader, batches, data, digest, layers, structure, trainer
+from pairs import pairs
 from resume import Run, SaveByHand
 from torch import nn
 from torch._dynamo.utils import counters
@@ -29,6 +31,7 @@ from lightning_lora.errors import LoRAError
 
 GRADIENTS = ("factored", "merged", "projected")
 DECOMPOSITIONS = ("product", "additive", "dora")
+IN_EVERY_WAY = pairs(GRADIENTS, DECOMPOSITIONS, (True, False))
 
 pytestmark = [
     # Dynamo instantiates any autograd Function to trace its backward, of which torch itself warns.
@@ -131,15 +134,13 @@ def steps(module, function, x, n=3):
     return [*seen, *(value.clone() for value in module.state_dict().values())]
 
 
-EVERY = [
-    (host, gradient, decomposition)
-    for host in HOSTS
-    for gradient in (GRADIENTS[-1:] if host in BY_PARAMETER else GRADIENTS)
-    for decomposition in DECOMPOSITIONS
-]
+EXACT = [host for host in HOSTS if host not in BY_PARAMETER]
 
 
-@pytest.mark.parametrize(("host", "gradient", "decomposition"), EVERY)
+@pytest.mark.parametrize(
+    ("host", "gradient", "decomposition"),
+    [*pairs(EXACT, GRADIENTS, DECOMPOSITIONS), *pairs(BY_PARAMETER, GRADIENTS[-1:], DECOMPOSITIONS)],
+)
 def test_compiled_it_is_one_graph_that_is_compiled_once_and_takes_the_same_steps(host, gradient, decomposition):
     runs = []
     for compiled in (False, True):
@@ -157,14 +158,7 @@ def test_compiled_it_is_one_graph_that_is_compiled_once_and_takes_the_same_steps
 
 @pytest.mark.parametrize(
     ("host", "gradient"),
-    [
-        ("linear", "factored"),
-        ("Conv1D", "projected"),
-        ("embedding", "merged"),
-        ("conv", "merged"),
-        ("attention", "projected"),
-        ("parameter", "projected"),
-    ],
+    [("linear", "factored"), ("Conv1D", "projected"), ("conv", "merged"), ("attention", "projected")],
 )
 def test_compiled_for_any_batch_size_it_is_one_graph_for_all_of_them(host, gradient):
     module, x, adapt = made(host, gradient=gradient, alpha=3)
@@ -298,8 +292,9 @@ def compiled_by_layers(module):
     return module
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("compiled", [compiled_whole, compiled_in_place, compiled_by_layers])
+@pytest.mark.parametrize(
+    ("compiled", "gradient"), list(zip((compiled_whole, compiled_in_place, compiled_by_layers), GRADIENTS, strict=True))
+)
 def test_what_was_compiled_and_run_before_runs_the_adapters_and_then_the_merged_weights(compiled, gradient):
     net, x = layers().double().eval(), torch.randn(4, 8).double()
     function = compiled(net)
@@ -445,10 +440,10 @@ def fitted(folder, model, lora, *callbacks, **options):
     return losses
 
 
-@pytest.mark.parametrize(
-    "options", [*({"gradient": gradient} for gradient in GRADIENTS), {"init": "gradient", "decomposition": "dora"}]
-)
-@pytest.mark.parametrize("model", COMPILED)
+FITTED = [*({"gradient": gradient} for gradient in GRADIENTS), {"init": "gradient", "decomposition": "dora"}]
+
+
+@pytest.mark.parametrize(("model", "options"), list(zip(COMPILED, itertools.cycle(FITTED))))
 def test_a_compiled_module_is_fitted_to_the_same_bits_and_not_compiled_in_every_step(model, options, tmp_path):
     plain, compiled = Net(), model()
     expected = fitted(tmp_path, plain, LoRA(rank=2, **options))
@@ -461,8 +456,7 @@ def test_a_compiled_module_is_fitted_to_the_same_bits_and_not_compiled_in_every_
         assert torch.equal(compiled.eval()(batches()[0][0]), plain.eval()(batches()[0][0]))
 
 
-@pytest.mark.parametrize("gradient", ["factored", "merged"])
-@pytest.mark.parametrize("model", COMPILED)
+@pytest.mark.parametrize(("model", "gradient"), list(zip(COMPILED, itertools.cycle(("merged", "factored")))))
 def test_files_of_a_compiled_run_have_the_keys_of_the_compiled_module_and_resume_to_the_same_bits(
     model, gradient, tmp_path
 ):
@@ -688,9 +682,7 @@ def test_after_fit_the_exported_program_has_no_adapter_and_computes_with_the_mer
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes? .*_flat_weights")  # of a plain LSTM, by torch
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node", "ignore:Node .* does not reference")  # by 2.6
-@pytest.mark.parametrize("with_gradients", [True, False])
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("gradient", "decomposition", "with_gradients"), IN_EVERY_WAY)
 def test_an_adapted_module_can_be_exported_as_it_is(gradient, decomposition, with_gradients):
     model, x = Zoo(), batches()[1][0]
     inject(model, rank=2, gradient=gradient, decomposition=decomposition, **ZOO)
@@ -720,9 +712,7 @@ def test_an_adapted_module_can_be_exported_for_any_batch_size(gradient, decompos
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*to_torchscript.*deprecated")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("with_gradients", [True, False])
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("gradient", "decomposition", "with_gradients"), IN_EVERY_WAY)
 def test_an_adapted_module_can_be_traced_and_the_trace_saved(gradient, decomposition, with_gradients):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 4, 1), nn.Flatten(), Doubled(4, 4))
@@ -787,15 +777,11 @@ COPIED = (copy.deepcopy, pickled, saved)
 
 
 @pytest.mark.parametrize(
-    ("model", "gradient", "decomposition", "options"),
-    [
-        *((Zoo, gradient, decomposition, ZOO) for gradient in GRADIENTS for decomposition in DECOMPOSITIONS),
-        *((TiedNet, "projected", decomposition, TIED) for decomposition in DECOMPOSITIONS),
-    ],
+    ("copied", "gradient", "decomposition", "model"),
+    [*pairs(COPIED, GRADIENTS, DECOMPOSITIONS, [Zoo]), *pairs(COPIED, ["projected"], ["dora"], [TiedNet])],
 )
-@pytest.mark.parametrize("copied", COPIED)
-def test_a_copy_computes_trains_and_merges_by_itself(copied, model, gradient, decomposition, options):
-    module, x = model(), batches()[0][0]
+def test_a_copy_computes_trains_and_merges_by_itself(copied, model, gradient, decomposition):
+    module, x, options = model(), batches()[0][0], TIED if model is TiedNet else ZOO
     before = structure(module)
     inject(module, rank=2, gradient=gradient, decomposition=decomposition, **options)
     nudged(module).eval()
@@ -854,16 +840,17 @@ class Copies(Callback):
 
 
 @pytest.mark.parametrize(
-    ("model", "options"),
+    ("copied", "model", "options"),
     [
-        *((Zoo, {"gradient": gradient, **ZOO}) for gradient in GRADIENTS),
-        (TiedNet, {"gradient": "projected", **TIED}),
-        (RootParameter, {"target_parameters": ["mixed"]}),
-        (Net, {"gradient": "merged", "resample_every_n_steps": 2, "resample": "A"}),
-        (Net, {"decomposition": "dora", "modules_to_save": ["layers.1"]}),
+        (copy.deepcopy, Zoo, {**ZOO}),
+        (pickled, Zoo, {"gradient": "merged", **ZOO}),
+        (saved, Zoo, {"gradient": "projected", **ZOO}),
+        (copy.deepcopy, TiedNet, {"gradient": "projected", **TIED}),
+        (pickled, RootParameter, {"target_parameters": ["mixed"]}),
+        (saved, Net, {"gradient": "merged", "resample_every_n_steps": 2, "resample": "A"}),
+        (copy.deepcopy, Net, {"decomposition": "dora", "modules_to_save": ["layers.1"]}),
     ],
 )
-@pytest.mark.parametrize("copied", COPIED)
 def test_a_copy_made_in_a_run_is_an_adapted_module_of_no_run(copied, model, options, tmp_path):
     module, x, copies = model(), batches()[0][0], Copies(copied)
     before = structure(model())

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 import re
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from models import Digest, Net, ResumableLoader, trainer
+from pairs import pairs
+from resume import SaveFirst
 from test_gradients import CASES as GRADIENT_CASES
 from test_gradients import Operations, build, loss_of, tokens, x
 from torch import nn
@@ -55,6 +56,15 @@ CASES = {
     ),
 }
 DECOMPOSITIONS = ["additive", "dora"]
+INCREMENTS = [
+    ("additive", "zero"),
+    ("dora", "zero"),
+    ("dora", "symmetric"),
+    ("product", "symmetric"),
+    ("product", "pissa"),
+    ("product", "zero"),
+]
+"""Decompositions, and where they start."""
 
 
 @pytest.fixture(autouse=True)
@@ -175,11 +185,10 @@ def test_the_same_with_a0_b0_taken_away(decomposition, case, gradient):
             torch.testing.assert_close(p.grad, values[name][own].grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("decomposition", "init"), [("additive", "zero"), ("dora", "zero"), ("dora", "symmetric")])
-def test_all_three_train_to_one_function_and_merge_to_it(decomposition, init, case, gradient):
+@pytest.mark.parametrize(("increment", "case", "gradient"), pairs(INCREMENTS[:3], CASES, GRADIENTS))
+def test_all_three_train_to_one_function_and_merge_to_it(increment, case, gradient):
     """Held to plain autograd through the formula, stepped by the same optimizer; ``merge`` leaves the plain module."""
+    decomposition, init = increment
     module, inputs = adapted(case, gradient, decomposition=decomposition, init=init)
     twin, _ = adapted(case, "factored", decomposition=decomposition, init=init)
     losses = []
@@ -204,15 +213,17 @@ def test_all_three_train_to_one_function_and_merge_to_it(decomposition, init, ca
     assert loss_of(module(*inputs)).item() == pytest.approx(after, rel=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("case", [case for case in CASES if "LSTM" not in case and "GRU" not in case])
 @pytest.mark.parametrize(
-    ("decomposition", "init"),
-    [("additive", "zero"), ("dora", "zero"), ("dora", "symmetric"), ("product", "symmetric")],
+    ("increment", "case", "gradient", "dtype"),
+    pairs(
+        INCREMENTS[:4],
+        [case for case in CASES if "LSTM" not in case and "GRU" not in case],
+        GRADIENTS,
+        [torch.float32, torch.bfloat16],
+    ),
 )
-def test_at_the_start_the_function_keeps_every_bit(decomposition, init, case, gradient, dtype):
-    module, inputs, own = build(case)
+def test_at_the_start_the_function_keeps_every_bit(increment, case, gradient, dtype):
+    (decomposition, init), (module, inputs, own) = increment, build(case)
     module.to(dtype)
     inputs = [i.to(dtype) if i.is_floating_point() else i for i in inputs]
     plain = copy.deepcopy(module)
@@ -634,13 +645,9 @@ def test_an_output_whose_weights_are_zero_stays_finite_under_dora(gradient):
     assert module[0].weight.isfinite().all()
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("decomposition", "init"),
-    [("additive", "zero"), ("dora", "zero"), ("dora", "symmetric"), ("product", "symmetric"), ("product", "pissa")],
-)
-def test_a_plain_state_loaded_into_a_trained_module_gives_the_plain_function(decomposition, init, case, gradient):
+@pytest.mark.parametrize(("increment", "case", "gradient"), pairs(INCREMENTS, CASES, GRADIENTS))
+def test_a_plain_state_loaded_into_a_trained_module_gives_the_plain_function(increment, case, gradient):
+    decomposition, init = increment
     module, inputs = adapted(case, gradient, decomposition=decomposition, init=init)
     nudge(module)
     plain = build(case)[0]
@@ -655,22 +662,6 @@ def test_a_plain_state_loaded_into_a_trained_module_gives_the_plain_function(dec
     assert (after - output(plain)).abs().max() > 1e-3
     merge(module)
     torch.testing.assert_close(output(module), after, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize(
-    ("decomposition", "init"),
-    [("additive", "zero"), ("dora", "zero"), ("dora", "symmetric"), ("product", "symmetric"), ("product", "pissa")],
-)
-def test_a_copy_and_a_pickle_of_a_trained_module_compute_and_merge_alike(decomposition, init, gradient):
-    module, inputs = adapted("embedding", gradient, decomposition=decomposition, init=init)
-    nudge(module)
-    expected = module(*inputs).detach()
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(twin(*inputs), expected)
-        merge(twin)
-        torch.testing.assert_close(twin(*inputs), expected, rtol=1e-12, atol=1e-13)
-    assert torch.equal(module(*inputs), expected)
 
 
 # ------------------------------------------------------------------------------------------- the row of the padding
@@ -760,15 +751,6 @@ def test_a_decomposition_of_ones_own_has_the_gradients_of_its_formula(case, grad
     for name, a in adapters(module).items():
         for own, p in a.trained.items():
             torch.testing.assert_close(p.grad, values[name][own].grad, rtol=1e-10, atol=1e-12)
-
-
-class SaveFirst(Callback):
-    def __init__(self, file):
-        self.file = file
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.file)
 
 
 @pytest.mark.parametrize("checkpoint", ["merged", "adapter"])

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import re
@@ -160,10 +161,10 @@ def called(name, moment):
     return not any(part in name for part in ELSEWHERE) and not (moment == "late" and name in ONCE)
 
 
-EARLY_AND_LATE = pytest.mark.parametrize(("moment", "gradient"), [("early", "factored"), ("late", "merged")])
+EARLY_AND_LATE = [("early", "factored"), ("late", "merged")]
 
 
-@EARLY_AND_LATE
+@pytest.mark.parametrize(("moment", "gradient"), EARLY_AND_LATE)
 @pytest.mark.parametrize("name", METHODS)
 def test_an_exception_in_any_method_of_the_module_is_seen_and_leaves_a_module_to_fit_again(
     name, moment, gradient, unfailing, tmp_path
@@ -177,9 +178,14 @@ def test_an_exception_in_any_method_of_the_module_is_seen_and_leaves_a_module_to
         assert fault.error is None
 
 
-@EARLY_AND_LATE
-@pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("name", CALLBACK_METHODS)
+@pytest.mark.parametrize(
+    ("name", "place", "moment", "gradient"),
+    [
+        (name, place, moment, gradient)
+        for index, name in enumerate(CALLBACK_METHODS)
+        for place, (moment, gradient) in zip(("before", "after")[:: 1 - index % 2 * 2], EARLY_AND_LATE, strict=True)
+    ],
+)
 def test_an_exception_in_any_hook_of_another_callback_is_seen_and_leaves_a_module_to_fit_again(
     name, place, moment, gradient, unfailing, tmp_path
 ):
@@ -193,8 +199,7 @@ def test_an_exception_in_any_hook_of_another_callback_is_seen_and_leaves_a_modul
         assert fault.error is None
 
 
-@pytest.mark.parametrize("function", ["test", "predict"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "function"), list(zip(METHODS, itertools.cycle(("test", "predict")))))
 def test_an_exception_in_any_method_while_evaluating_leaves_the_module_as_it_was(name, function, tmp_path):
     if "sharded" in name:
         return

@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import json
-import math
 import re
 import sys
 import warnings
@@ -13,8 +11,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import (
     Net,
     ResumableLoader,
@@ -23,27 +20,40 @@ from models import (
     batches,
     data,
     digest,
-    needs_a_whole_finder,
     structure,
     trainer,
 )
-from resume import IN_EVERY_GRADIENT, SaveByHand
+from resume import SaveByHand
 from test_bad_input import refused
-from test_checkpoint import printed_by_a_new_process, read
+from test_checkpoint import read
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO, EncoderNet, TiedNet, Zoo
 
 import lightning_lora
 from lightning_lora import LoRA, adapters, attach, inject, merge
-from lightning_lora.checkpoint.format import weight_key
 from lightning_lora.injection.inject import places
 
 HERE = Path(__file__).parent
 GRADIENTS = ["factored", "merged", "projected"]
 HOLDING = ["merged", "projected"]
 DOUBLE = {"adapter_dtype": "float64"}
-TARGETS = {Net: {}, ScheduledNet: {}, Zoo: ZOO, EncoderNet: {}, TiedNet: {"target_modules": ["layers.embed", "body"]}}
+TARGETS = {Zoo: ZOO, TiedNet: {"target_modules": ["layers.embed", "body"]}}
+
+
+WAYS = {
+    **{gradient: {"gradient": gradient} for gradient in GRADIENTS},
+    "drawn": {"gradient": "merged", "resample_every_n_steps": 3},
+    "A drawn": {"gradient": "projected", "resample_every_n_steps": 1, "resample": "A"},
+}
+"""Options that differ in what follows a step."""
+
+
+class Undecayed(Zoo):
+    """Without decay, which factors that are drawn anew cannot have."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.02)
 
 
 class Losses(Callback):
@@ -95,111 +105,17 @@ def losses(folder, model, gradient, *callbacks, options=None, file=None, made_in
     return seen.values
 
 
-# -------------------------------------------------------------------------------------------------- files, and resuming
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One checkpoint of every kind, each in the folder of its name."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, run in IN_EVERY_GRADIENT.items():
-        (folder / name).mkdir()
-        run.saved(folder / name).rename(folder / name / "saved.ckpt")
-    return folder
-
-
-OUTSIDER = """
-import json, sys
-sys.modules["lightning_lora"] = None
-import torch
-import models, zoo
-outputs = {}
-for name, model in json.loads(sys.argv[2]).items():
-    state = torch.load(f"{sys.argv[1]}/{name}/saved.ckpt", weights_only=True)["state_dict"]
-    module = getattr(zoo, model, None) or getattr(models, model)
-    module = module()
-    module.load_state_dict(state, strict=True)
-    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in module.state_dict().items())
-    outputs[name] = module.eval()(models.batches()[0][0]).tolist()
-print(json.dumps(outputs))
-
-del sys.modules["lightning_lora"]
-import pathlib, resume
-resume.main(pathlib.Path(sys.argv[1]))
-"""
-
-
-@pytest.fixture(scope="module")
-def new_process(folder):
-    """What the models compute in a process without the library, and what the runs that it resumes with it end with."""
-    names = {name: type(run.model()).__name__ for name, run in IN_EVERY_GRADIENT.items()}
-    *_, outputs, results = printed_by_a_new_process("-c", OUTSIDER, str(folder), json.dumps(names))
-    return json.loads(outputs), json.loads(results)
-
-
-@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_new_process_resumes_to_the_same_bits_as_the_uninterrupted_run(name, new_process, tmp_path):
-    _, resumed = new_process
-    expected = IN_EVERY_GRADIENT[name].uninterrupted(tmp_path)
-    assert resumed[name] == [expected.module, expected.optimizers, expected.steps, []]
-    assert any("lora" in key for key in expected.names)
-
-
-def base_of(run):
-    """The plain model of ``run``, in the dtype that its Trainer gives it."""
-    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(run.options.get("precision"), torch.float32)
-    model = run.model()
-    model.configure_model()
-    return model.to(dtype)
-
-
-@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_file_has_the_base_models_keys_in_its_order_with_its_shapes_and_dtypes(name, folder):
-    file, plain = read(folder / name / "saved.ckpt"), base_of(IN_EVERY_GRADIENT[name])
-    expected = [(key, value.shape, value.dtype) for key, value in plain.state_dict().items()]
-    assert [(key, value.shape, value.dtype) for key, value in file["state_dict"].items()] == expected
-    assert all("lora" not in key for key in file["state_dict"]._metadata)
-    adapted = {weight_key(adapter, file["state_dict"]) for adapter in file["lightning_lora"]["adapters"]}
-    assert set(file["lightning_lora"]["base"]) == (adapted if "factored" in name else set())
-    for entry in file["lightning_lora"]["adapters"].values():
-        assert {key: type(value) for key, value in entry.items() if key != "padding_idx"} == {
-            "decomposition": str,
-            "A": torch.Tensor,
-            "B": torch.Tensor,
-            "shape": list,
-            "scale": float,
-            "transposed": bool,
-            "resample": type(None),
-            "key": str,
-            "steps": int,
-            "drawn_at": int,
-        }
-
-
-IGNORED = "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided"
-
-
-@pytest.mark.filterwarnings(IGNORED)
-@pytest.mark.parametrize("name", IN_EVERY_GRADIENT)
-def test_a_process_without_the_library_computes_what_the_injected_module_does(name, folder, new_process, tmp_path):
-    run = IN_EVERY_GRADIENT[name]
-    model = type(run.model())()
-    inject(model, **{"rank": 2, "alpha": 3, **run.lora})
-    trainer(tmp_path, run.callback()).validate(model, data(), ckpt_path=folder / name / "saved.ckpt", verbose=False)
-    assert all(adapter.delta_weight().abs().max() > 1e-3 for adapter in adapters(model).values())
-    actual = model.eval()(batches()[0][0]).detach()
-    # the weight is the file's, bit for bit, unless it is W0, which stands in the file plus its increment, rounded
-    tolerance = 0 if "factored" not in name else 0.05 if "bf16-true" in name else 1e-5
-    torch.testing.assert_close(actual, torch.tensor(new_process[0][name]), rtol=tolerance, atol=tolerance)
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize(("model", "gradient"), [*((Zoo, gradient) for gradient in GRADIENTS), (TiedNet, "projected")])
-def test_the_last_file_of_fit_and_the_module_after_it_have_the_same_weights(model, gradient, precision, tmp_path):
+@pytest.mark.parametrize("way", [*WAYS, "tied"])
+def test_the_last_file_of_fit_and_the_module_after_it_have_the_same_weights(way, precision, tmp_path):
+    model, options = (TiedNet, {"gradient": "projected"}) if way == "tied" else (Undecayed, WAYS[way])
     module = model()
     before = structure(module)
     file = ModelCheckpoint(tmp_path, filename="end")
-    trainer(tmp_path, lora(model, gradient), file, precision=precision).fit(module, data())
+    trainer(tmp_path, lora(model, **options), file, precision=precision).fit(module, data())
     assert digest(read(tmp_path / "end.ckpt")["state_dict"]) == digest(module.state_dict())
     assert structure(module) == before
 
@@ -307,7 +223,7 @@ def test_exactness_can_be_had_in_the_same_mode_and_is_refused_in_factored(gradie
 # --------------------------------------------------------------------------------- one increment for each real step
 
 
-class ZooByHand(Zoo):
+class ZooByHand(Undecayed):
     """Manual optimization, in which the step is taken inside ``training_step``."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -330,7 +246,7 @@ class NoLoss(Net):
         return None if batch_idx in (2, 5) else super().training_step(batch, batch_idx)
 
 
-TARGETS[ZooByHand] = ZOO
+TARGETS |= dict.fromkeys((Undecayed, ZooByHand), ZOO)
 EVERY, ODD = list(range(8)), [1, 3, 5, 7]
 
 
@@ -375,36 +291,13 @@ def test_a_float32_weight_follows_to_its_own_rounding(gradient, model, precision
     assert len(follows.moved) >= 4
 
 
-class Overflows(Net):
-    """The loss is infinite in batches 1, 2 and 5, so that a GradScaler skips their steps."""
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch) * (math.inf if batch_idx in (1, 2, 5) else 1)
-
-
-class OverflowsByHand(TwoOptimizersNet):
-    def loss(self, batch):
-        self.calls = getattr(self, "calls", -1) + 1
-        return super().loss(batch) * (math.inf if self.calls // 2 in (1, 2, 5) else 1)
-
-
-@pytest.mark.parametrize("model", [Overflows, OverflowsByHand])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_step_that_the_scaler_skips_moves_nothing(gradient, model, tmp_path):
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    follows, plugin = Follows(2e-6), MixedPrecision("16-mixed", "cpu", scaler)
-    trainer(tmp_path, lora(model, gradient), follows, plugins=[plugin]).fit(model(), data())
-    assert follows.moved == [0, 3, 4, 6, 7]
-    assert scaler.get_scale() == 256.0 / 2 ** (3 if model is Overflows else 6)
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_steps_taken_by_hand_give_the_bits_of_automatic_ones(gradient, precision, tmp_path):
-    """Though backward and step are then under the precision's contexts: autocast, and another default dtype."""
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_taken_by_hand_give_the_bits_of_automatic_ones(way, precision, tmp_path):
+    """Though backward, step and draw are then under the precision's contexts: autocast, and another default dtype."""
     states = []
-    for model, options in ((Zoo(), {"accumulate_grad_batches": 2}), (ZooByHand(), {})):
-        trainer(tmp_path, lora(Zoo, gradient), precision=precision, **options).fit(model, data())
+    for model, options in ((Undecayed(), {"accumulate_grad_batches": 2}), (ZooByHand(), {})):
+        trainer(tmp_path, lora(Zoo, **WAYS[way]), precision=precision, **options).fit(model, data())
         states.append(model.state_dict())
     assert digest(states[0]) == digest(states[1])
 
@@ -447,37 +340,6 @@ def test_adapters_start_the_same_whatever_the_precision_of_the_trainer(gradient,
     assert digest(start.factors) == digest({key: a.state_dict() for key, a in adapters(plain).items()})
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_the_learning_rate_finder_sees_losses_of_steps_that_move_the_weights(gradient, tmp_path):
-    def found(gradient):
-        finder = LearningRateFinder(num_training_steps=8, min_lr=0.01, update_attr=False, early_stop_threshold=None)
-        trainer(tmp_path, finder, lora(Net, gradient)).fit(Net(), ResumableLoader())
-        return finder.optimal_lr.results["loss"]
-
-    expected = found("factored")
-    assert max(expected) - min(expected) > 0.05
-    assert found(gradient) == pytest.approx(expected, rel=1e-5)
-
-
-class FailsLate(Net):
-    def training_step(self, batch, batch_idx):
-        if batch_idx == 3:
-            raise RuntimeError("batch 3 is bad")
-        return super().training_step(batch, batch_idx)
-
-
-@needs_a_whole_finder
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_an_exception_while_the_finder_trains_leaves_the_module_as_it_was(gradient, tmp_path):
-    model = FailsLate()
-    before, bits = structure(model), digest(model.state_dict())
-    with pytest.raises(RuntimeError, match="batch 3 is bad"):
-        trainer(tmp_path, LearningRateFinder(num_training_steps=8), lora(Net, gradient)).fit(model, data())
-    assert structure(model) == before
-    assert digest(model.state_dict()) == bits
-    trainer(tmp_path, lora(Net, gradient), max_steps=2).fit(model, data())
-
-
 # ------------------------------------------------------------------------------------------- what cannot be, by name
 
 
@@ -510,36 +372,7 @@ def test_lbfgs_is_refused_where_the_weight_would_lag_behind_and_trains_where_it_
 # ------------------------------------------------------------------------------------------- layers that are not called
 
 
-class Loss(Callback):
-    """What validation gives in the run, before any step and at the end."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        self.values.append(trainer.callback_metrics["val_loss"].item())
-        self.hosts = {place.name: not place.host.is_exact for place in places(pl_module)}
-
-
 NESTED = "ignore:The PyTorch API of nested tensors is in prototype stage"
-
-
-@pytest.mark.filterwarnings(NESTED)
-@pytest.mark.parametrize("targets", ["all-linear", ["self_attn", "linear1", "linear2"], ["linear1"]])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_validation_by_the_encoders_fast_path_sees_the_adapters(gradient, targets, tmp_path):
-    seen, model, loader = Loss(), EncoderNet(), data(1)
-    callback = lora(EncoderNet, gradient, target_modules=targets)
-    trainer(tmp_path, callback, seen).fit(model, data(), loader)
-    start, end = (
-        trainer(tmp_path).validate(module, loader, verbose=False)[0]["val_loss"] for module in (EncoderNet(), model)
-    )
-    assert seen.values[-1] == pytest.approx(end, rel=1e-5)
-    assert abs(end - start) > 1e-3
-    by_parameter = {name for name, is_by_parameter in seen.hosts.items() if is_by_parameter}
-    attention = {name for name in seen.hosts if "self_attn" in name}
-    assert by_parameter == (set(seen.hosts) if gradient == "projected" else attention)
-    assert bool(attention) == (targets != ["linear1"])
 
 
 @pytest.mark.filterwarnings(NESTED)
@@ -564,11 +397,11 @@ def test_an_encoder_that_trains_in_eval_mode_does_not_take_the_fast_path_round_i
 # ------------------------------------------------------------------------------------------ other loops, many processes
 
 
-def by_hand(gradient, loop):
+def by_hand(way, loop):
     """Two epochs of :class:`Zoo` by plain torch or by Fabric, and the losses."""
-    model = Zoo()
-    inject(model, rank=2, alpha=3, gradient=gradient, **ZOO)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
+    model = Undecayed()
+    inject(model, rank=2, alpha=3, **WAYS[way], **ZOO)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     net, backward, seen = model, torch.Tensor.backward, []
     if loop == "torch":
         attach(model, optimizer)
@@ -588,11 +421,11 @@ def by_hand(gradient, loop):
 
 
 @pytest.mark.parametrize("loop", ["torch", "fabric", "fabric's module"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_loop_by_torch_or_fabric_gives_the_trainers_bits(gradient, loop, tmp_path):
-    seen, model = Losses(), Zoo()
-    trainer(tmp_path, lora(Zoo, gradient), seen, max_epochs=2).fit(model, data())
-    assert by_hand(gradient, loop) == (seen.values, digest(model.state_dict()))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loop_by_torch_or_fabric_gives_the_trainers_bits(way, loop, tmp_path):
+    seen, model = Losses(), Undecayed()
+    trainer(tmp_path, lora(Zoo, **WAYS[way]), seen, max_epochs=2).fit(model, data())
+    assert by_hand(way, loop) == (seen.values, digest(model.state_dict()))
 
 
 # ---------------------------------------------------------------------------------------------- the callback's own work

@@ -343,25 +343,6 @@ def saved(module):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
-def test_a_copy_of_an_adapted_module_computes_trains_and_merges_by_itself(copied):
-    torch.manual_seed(0)
-    tower = Tower()
-    inject(tower, rank=2, dropout=0.2)
-    trained(tower)
-    before = copy.deepcopy(tower.state_dict())
-    twin = copied(tower)
-    x = torch.randn(4, 6)
-    assert same_bits(twin.eval()(x), tower.eval()(x))
-    assert all(type(a) is type(b) for a, b in zip(tower.modules(), twin.modules(), strict=True))
-    trained(twin)
-    merge(twin)
-    assert type(twin.first) is nn.Linear
-    assert twin.first.weight.requires_grad
-    assert not twin.norm.weight.requires_grad
-    assert all(same_bits(value, before[key]) for key, value in tower.state_dict().items())
-
-
 def test_an_adapted_state_loads_into_another_adapted_module():
     first, second = Tower(), Tower()
     for module in (first, second):
@@ -370,18 +351,6 @@ def test_an_adapted_state_loads_into_another_adapted_module():
     second.load_state_dict(first.state_dict())
     x = torch.randn(4, 6)
     assert same_bits(first.eval()(x), second.eval()(x))
-
-
-def test_a_plain_state_loads_into_an_adapted_module_whose_increments_become_zero():
-    tower, other = Tower(), Tower()
-    inject(tower, rank=2)
-    trained(tower)
-    A = tower.first.lora.A.detach().clone()
-    tower.load_state_dict(other.state_dict(), strict=True)
-    x = torch.randn(4, 6)
-    assert same_bits(tower.eval()(x), other.eval()(x))
-    assert same_bits(tower.first.lora.A, A)
-    assert isinstance(tower.first.lora.B, nn.Parameter)
 
 
 def test_a_state_without_the_weight_of_an_adapted_layer_leaves_its_increment():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from models import Digest, Net, ResumableLoader, ScheduledNet, TwoOptimizersNet, trainer
+from pairs import pairs
+from resume import SaveFirst
 from torch import nn
 from zoo import ZOO, Zoo
 
@@ -58,9 +60,7 @@ def adapted(dtype, gradient="factored", **options):
     return module, adapters(module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "gradient", "dtype"), pairs(OPTIMIZERS, GRADIENTS, [torch.float32, torch.float64]))
 def test_it_equals_groups_of_their_own_for_b(name, gradient, dtype):
     """20 steps, two groups with rates of their own, a scheduler: to 1e-12 in float64, 1e-6 in float32."""
     kind, options = OPTIMIZERS[name]
@@ -149,19 +149,6 @@ def test_a_removed_handle_ends_it():
     torch.testing.assert_close(a.B, torch.full_like(a.B, -0.1))
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_step_that_the_scaler_skips_moves_nothing(gradient):
-    module, known = adapted(torch.float32, gradient, lr_ratio=RATIO)
-    optimizer = torch.optim.SGD([p for a in known.values() for p in a.trained.values()], lr=0.1)
-    attach(module, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    x, _ = problem(torch.float32)
-    scaler.scale(module(x).sum() * math.inf).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert not any(a.B.any() for a in known.values())
-
-
 # ------------------------------------------------------------------------------------------------------- with a Trainer
 
 
@@ -176,21 +163,10 @@ class Groups(Callback):
             self.seen += [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
-class SaveFirst(Callback):
-    def __init__(self, file) -> None:
-        self.file = file
-
-    def on_train_epoch_end(self, trainer, pl_module) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.file)
-
-
 MODELS = {ScheduledNet: {}, Zoo: ZOO, TwoOptimizersNet: {}}
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "gradient", "precision"), pairs(MODELS, GRADIENTS, ["32-true", "bf16-true"]))
 def test_a_run_resumes_to_the_same_bits_and_its_groups_are_those_of_a_run_without(model, gradient, precision, tmp_path):
     file = tmp_path / "saved.ckpt"
 

@@ -35,6 +35,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from lightning_utilities.core.imports import RequirementCache
 from models import Digest, Net, ResumableLoader, ScheduledNet, data, digest, layers, structure, trained_state, trainer
+from pairs import pairs
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -414,32 +415,37 @@ def outcomes(tmp_path_factory):
     return get
 
 
-STEP = {"LearningRateFinder", "GradientAccumulationScheduler"}
-ONLY_LOOK = {"BasePredictionWriter", "DeviceStatsMonitor", "LambdaCallback", "LearningRateMonitor", "ThroughputMonitor"}
-ONLY_LOOK |= {name for name in WORKS if name.endswith("Bar")}
-PAIRS = [
-    (name, mode)
-    for name in WORKS
-    for mode in MODES
-    if name in STEP or mode == "merged-bf16-true" or (mode == "factored" and name not in ONLY_LOOK)
+STEP = ("LearningRateFinder", "GradientAccumulationScheduler")
+CASES_OF_ALL = [
+    *(
+        (name, mode, order)
+        for name in WORKS
+        for mode, order in zip(("factored", "merged-bf16-true"), ORDERS, strict=True)
+    ),
+    *((name, "merged", order) for name in STEP for order in ORDERS),
 ]
-"""Those that only look on are seen in the mode that keeps the most beside the weights; those that step, in all."""
+"""Those that step are seen in all modes."""
 
 
-@pytest.mark.parametrize(("name", "mode"), PAIRS)
-@pytest.mark.parametrize("order", ORDERS)
-def test_it_does_and_training_ends_as_with_the_same_adapters_and_no_callback_of_ours(name, mode, order, outcomes):
+RESUMED_OTHERWISE = {
+    "BatchSizeFinder": "its trial steps end in a restore, which leaves nothing of the file that the run was given",
+    "LearningRateFinder": "its trial steps end in a restore, which leaves nothing of the file that the run was given",
+    "SpikeDetection": "it reads an attribute that it does not have",
+}
+"""Those that Lightning itself does not let resume where the run was."""
+
+
+@pytest.mark.parametrize(("name", "mode", "order"), CASES_OF_ALL)
+def test_it_does_saves_and_resumes_as_with_the_same_adapters_and_no_callback_of_ours(name, mode, order, outcomes):
     expected, found = outcomes(name, mode, "no LoRA"), outcomes(name, mode, order)
     assert found.did == expected.did
     assert found.end == expected.end
     assert found.was_plain
     assert len(set(map(id, found.callbacks))) == len(found.callbacks) == len(expected.callbacks) + 1
+    assert (found.resumed != found.end) == (name in RESUMED_OTHERWISE)
+    assert found.resumed == expected.resumed
 
-
-@pytest.mark.parametrize(("name", "mode"), PAIRS)
-@pytest.mark.parametrize("order", ORDERS)
-def test_its_state_and_all_else_is_in_the_file_as_without_us_and_the_weights_are_plain(name, mode, order, outcomes):
-    expected, found = outcomes(name, mode, "no LoRA").file, outcomes(name, mode, order).file
+    expected, found = expected.file, found.file
     for entry in ("callbacks", "loops", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         if (name, entry) != ("Timer", "callbacks"):
             assert digest(found[entry]) == digest(expected[entry]), entry
@@ -452,22 +458,6 @@ def test_its_state_and_all_else_is_in_the_file_as_without_us_and_the_weights_are
 @pytest.mark.parametrize("mode", ["factored", "merged-bf16-true"])
 def test_early_stopping_stops_before_the_last_epoch(mode, outcomes):
     assert outcomes("EarlyStopping", mode, "LoRA first").end[-1] == 16 < 9 * 8
-
-
-RESUMED_OTHERWISE = {
-    "BatchSizeFinder": "its trial steps end in a restore, which leaves nothing of the file that the run was given",
-    "LearningRateFinder": "its trial steps end in a restore, which leaves nothing of the file that the run was given",
-    "SpikeDetection": "it reads an attribute that it does not have",
-}
-"""Those that Lightning itself does not let resume where the run was."""
-
-
-@pytest.mark.parametrize(("name", "mode"), PAIRS)
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_run_with_it_resumes_bitwise_or_as_it_does_without_us(name, mode, order, outcomes):
-    found = outcomes(name, mode, order)
-    assert (found.resumed != found.end) == (name in RESUMED_OTHERWISE)
-    assert found.resumed == outcomes(name, mode, "no LoRA").resumed
 
 
 def state(trainer, pl_module) -> str:
@@ -514,10 +504,7 @@ class SizeFinder(BatchSizeFinder):
         trainer.fit_loop.setup_data()
 
 
-@pytest.mark.parametrize(
-    ("order", "mode"), [(order, mode) for mode in FOUND_IN for order in ORDERS[: 2 if mode in MODES else 1]]
-)
-@pytest.mark.parametrize("kind", ["rate", "size"])
+@pytest.mark.parametrize(("mode", "kind", "order"), pairs(FOUND_IN, ["rate", "size"], ORDERS))
 def test_after_a_finder_everything_is_as_it_was_and_the_run_as_without_it(kind, order, mode, tmp_path):
     lora, options = FOUND_IN[mode]
     options = {**options, "max_epochs": 2}
@@ -591,9 +578,9 @@ class OutOfMemory(Model):
             raise RuntimeError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize("search", ["power", "binsearch"])
-@pytest.mark.parametrize("mode", ["factored", "merged-bf16-true"])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("order", "mode", "search"), pairs(ORDERS, ["factored", "merged-bf16-true"], ["power", "binsearch"])
+)
 def test_a_size_that_does_not_fit_into_memory_is_taken_back(order, mode, search, tmp_path):
     lora, options = MODES[mode]
     made, ends = BatchSizeFinder(search, init_val=2, max_trials=4, steps_per_trial=2, margin=0.0), [Digest(), Digest()]
@@ -605,9 +592,9 @@ def test_a_size_that_does_not_fit_into_memory_is_taken_back(order, mode, search,
     assert (ends[0].module, ends[0].optimizers) == (ends[1].module, ends[1].optimizers)
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("function", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("function", "order", "form"), pairs(["validate", "test", "predict"], ORDERS, ["merged", "adapter"])
+)
 def test_a_size_is_found_in_evaluation_and_the_weights_stay_those_of_the_file(function, order, form, tmp_path):
     file = tmp_path / "saved.ckpt"
     trainer(tmp_path, LoRA(rank=2, checkpoint=form), SaveAfterEpoch(file)).fit(Model())
@@ -732,9 +719,7 @@ BETWEEN_STEPS = (
 WITHIN_A_STEP = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
 
-@pytest.mark.parametrize("mode", ["factored", "resampled-bf16-true"])
-@pytest.mark.parametrize("hook", BETWEEN_STEPS)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("order", "hook", "mode"), pairs(ORDERS, BETWEEN_STEPS, ["factored", "resampled-bf16-true"]))
 def test_a_file_that_a_users_callback_saves_in_any_hook_resumes_bitwise(order, hook, mode, three_epochs, tmp_path):
     lora, options = WRITTEN_IN[mode]
     writer, model = At(hook, tmp_path / "saved.ckpt"), Adam()
@@ -1060,9 +1045,7 @@ class Steps(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
-@pytest.mark.parametrize("gradient", ["factored", "merged"])
-@pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("order", "name", "gradient"), pairs(ORDERS, REFUSED, ["factored", "merged"]))
 def test_it_is_refused_by_name_with_the_reason_before_any_step(order, name, gradient, tmp_path):
     made, steps, model = MAKE_REFUSED[name](), Steps(), WithBackbone()
     names, bits = {name: type(child) for name, child in model.named_modules()}, digest(model.state_dict())
@@ -1111,12 +1094,12 @@ def test_merged_files_can_be_averaged_in_the_place_of_a_run_that_averages(tmp_pa
     ],
     ids=["first and last layer", "last and first layer", "the same twice", "a subclass"],
 )
-@pytest.mark.parametrize("function", ["fit", "validate", "test", "predict"])
-def test_two_lora_callbacks_are_refused_with_what_to_do_instead(pair, function, tmp_path):
+def test_two_lora_callbacks_are_refused_with_what_to_do_instead(pair, tmp_path):
     model = Model()
     before, bits = structure(model), digest(model.state_dict())
-    with pytest.raises(LoRAError, match=r"two LoRA callbacks.*Use one.*`rank_pattern`"):
-        getattr(trainer(tmp_path, *pair()), function)(model)
+    for function in ("fit", "validate", "test", "predict"):
+        with pytest.raises(LoRAError, match=r"two LoRA callbacks.*Use one.*`rank_pattern`"):
+            getattr(trainer(tmp_path, *pair()), function)(model)
     assert structure(model) == before
     assert digest(model.state_dict()) == bits
 

@@ -1,6 +1,7 @@
 """Files that are written here compute the same in PEFT, and those that PEFT writes compute the same here."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -277,8 +278,7 @@ FILES = ["product", "DoRA", "additive", "PiSSA", "tied embedding", "head in full
 FILES += ["embedding with padding, additive", "attention", "parameters in full", "experts", "experts of transformers"]
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize(("kind", "form"), list(zip(FILES, itertools.cycle(("merged", "adapter")))))
 @pytest.mark.filterwarnings("ignore:PEFT adds the increment of the `out_proj`")
 def test_a_checkpoint_file_becomes_files_without_the_model(kind, form, tmp_path):
     name, options = KINDS[kind]

@@ -20,10 +20,10 @@ from lightning.pytorch.plugins.precision import (
     XLAPrecision,
 )
 from models import Digest, Net, ResumableLoader, batches, data, layers, structure, trainer
+from pairs import pairs
 from resume import SaveByHand
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from zoo import ZOO, Zoo
 
 from lightning_lora import LoRA, adapters, inject
 from lightning_lora.errors import LoRAError
@@ -106,14 +106,9 @@ def fit(folder, precision, lora, *callbacks, epochs=2, file=None, model=Net):
 
 
 @pytest.mark.parametrize(
-    ("gradient", "decomposition", "adapter_dtype"),
-    [
-        *((*every, "float32") for every in EVERY),
-        *((gradient, "product", "bfloat16") for gradient in GRADIENTS),
-        *((gradient, "dora", "float64") for gradient in GRADIENTS),
-    ],
+    ("precision", "gradient", "decomposition", "adapter_dtype"),
+    pairs(WORKS, GRADIENTS, DECOMPOSITIONS, ("float32", "bfloat16", "float64")),
 )
-@pytest.mark.parametrize("precision", WORKS)
 def test_it_learns_keeps_its_dtypes_and_freezes_what_it_should(
     precision, gradient, decomposition, adapter_dtype, tmp_path
 ):
@@ -135,8 +130,7 @@ def test_it_learns_keeps_its_dtypes_and_freezes_what_it_should(
     assert structure(module)["classes"] == structure(Net())["classes"]
 
 
-@pytest.mark.parametrize(("gradient", "decomposition"), EVERY)
-@pytest.mark.parametrize("precision", WORKS)
+@pytest.mark.parametrize(("precision", "gradient", "decomposition"), pairs(WORKS, GRADIENTS, DECOMPOSITIONS))
 def test_its_file_is_plain_and_resumes_to_the_same_bits(precision, gradient, decomposition, tmp_path):
     options = {"rank": 2, "gradient": gradient, "decomposition": decomposition, "exact_resume": True}
     whole, parts, file = Digest(), Digest(), tmp_path / "saved.ckpt"
@@ -155,23 +149,6 @@ def test_its_file_is_plain_and_resumes_to_the_same_bits(precision, gradient, dec
     assert (parts.module, parts.optimizers, parts.steps) == (whole.module, whole.optimizers, whole.steps)
 
 
-class Outputs(Callback):
-    """The dtype of what the forward gives in the run."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        with trainer.precision_plugin.forward_context():
-            self.dtype = pl_module(trainer.precision_plugin.convert_input(batch)[0]).dtype
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("precision", WORKS)
-def test_in_a_run_the_output_has_the_dtype_that_it_has_without_adapters(precision, gradient, tmp_path):
-    with_adapters, without = Outputs(), Outputs()
-    fit(tmp_path, precision, LoRA(rank=2, gradient=gradient), with_adapters, epochs=1)
-    fit(tmp_path, precision, without, epochs=1)
-    assert with_adapters.dtype == without.dtype
-
-
 class Doubled(nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)
@@ -187,8 +164,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
 }
 
 
-@pytest.mark.parametrize(("gradient", "decomposition"), EVERY)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("kind", "gradient", "decomposition"), pairs(LAYERS, GRADIENTS, DECOMPOSITIONS))
 def test_a_layer_gives_the_dtype_that_it_gives_without_an_adapter(kind, gradient, decomposition):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for autocast in (None, torch.bfloat16, torch.float16):
@@ -292,15 +268,6 @@ def test_a_resumed_run_goes_on_with_the_scale_that_skipped_steps_have_lowered(gr
         scales.append(scaler.get_scale())
     assert ends[2] == ends[0] != ends[1]
     assert scales == [256.0 / 64, 256.0 / 8, 256.0 / 64]
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_layers_of_every_kind_learn_in_every_precision(gradient, precision, tmp_path):
-    watch = Watch()
-    fit(tmp_path, precision, LoRA(rank=2, gradient=gradient, **ZOO), watch, epochs=6, model=Zoo)
-    assert sum(watch.losses[-8:]) < 0.98 * sum(watch.losses[:8])
-    assert watch.factors == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------------------- refused

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from models import Digest, Net, ResumableLoader, TwoOptimizersNet, data, digest, trainer
+from pairs import pairs
+from resume import SaveFirst
 from torch import nn
 from torch.utils.data import DataLoader
 from zoo import ZOO, TiedNet, Zoo
@@ -546,19 +548,10 @@ def test_a_layer_too_small_for_2r_vectors_is_refused_where_its_rank_was_given_by
 
 # ------------------------------------------------------------------------------------------- all of them in every run
 
-PRECISIONS = ["32-true", "bf16-true", "bf16-mixed", "64-true"]
-LOW = "bf16-true with bfloat16 adapters"
+PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16", "bf16-mixed": "float32", "64-true": "float64"}
+"""And the dtype of the adapters."""
 STARTS = ["zero", "symmetric", "orthogonal", "pissa", "gradient"]
 DECOMPOSED = [("additive", "zero"), *itertools.product(["product", "dora"], STARTS)]
-
-
-class SaveFirst(Callback):
-    def __init__(self, file) -> None:
-        self.file = file
-
-    def on_train_epoch_end(self, trainer, pl_module) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.file)
 
 
 class Output(Callback):
@@ -579,20 +572,10 @@ def few():
     return loader
 
 
-@pytest.mark.parametrize(
-    ("decomposition", "init", "precision"),
-    [
-        *((*pair, precision) for pair in DECOMPOSED for precision in PRECISIONS),
-        *((*pair, LOW) for pair in DECOMPOSED if pair[1] in ("zero", "symmetric")),
-    ],
-)
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_fit_save_resume_and_merge(decomposition, init, gradient, precision, tmp_path):
-    options = {"decomposition": decomposition, "init": init, "gradient": gradient, "rank": 2, "alpha": 3, **ZOO}
-    if precision == "64-true":
-        options["adapter_dtype"] = "float64"
-    if precision == LOW:
-        options["adapter_dtype"], precision = "bfloat16", "bf16-true"
+@pytest.mark.parametrize(("decomposed", "gradient", "precision"), pairs(DECOMPOSED, GRADIENTS, PRECISIONS))
+def test_fit_save_resume_and_merge(decomposed, gradient, precision, tmp_path):
+    options = {"gradient": gradient, "adapter_dtype": PRECISIONS[precision], "rank": 2, "alpha": 3, **ZOO}
+    options["decomposition"], options["init"] = decomposed
 
     def fit(file=None, *callbacks):
         model, seen, output = Zoo(made_in="configure_model"), Digest(), Output()
@@ -629,7 +612,7 @@ def test_fit_save_resume_and_merge(decomposition, init, gradient, precision, tmp
 SENSELESS = [
     *(({"decomposition": "additive", "init": i}, ["additive", i]) for i in STARTS[1:]),
     *(({"dropout": 0.1, "gradient": g}, ["dropout", g]) for g in HOLDING),
-    ({"resample_every_n_steps": 1}, ["resample_every_n_steps", "factored"]),
+    ({"resample_every_n_steps": 1}, ["resample_every_n_steps", "factored", "`gradient='merged'`", "'projected'"]),
     *(
         ({"resample_every_n_steps": 1, "gradient": "merged", "decomposition": d}, ["resample_every_n_steps", d])
         for d in ("additive", "dora")

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.tuner import Tuner
 from models import Digest, Net, ResumableLoader, data, digest, layers, structure, trained_state, trainer
 from resume import RESUMED, Run, SaveByHand
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRA, adapters, inject
 
@@ -61,19 +59,6 @@ def test_3_a_file_without_callbacks_restores_the_adapters_of_an_injected_module(
     assert digest(dict(sorted(trained_state(model).items()))) == digest(dict(sorted(state.end.items())))
 
 
-def test_3_a_plain_state_loads_strictly_into_the_adapted_module_and_is_the_whole_weight(tmp_path):
-    class LoadsPretrained(Net):
-        def on_fit_start(self) -> None:
-            for adapter in adapters(self).values():
-                torch.nn.init.ones_(adapter.B)
-            self.layers.load_state_dict(layers(seed=1).state_dict())
-
-    state = State()
-    trainer(tmp_path, LoRA(rank=2), state).fit(LoadsPretrained(), data())
-    assert torch.equal(state.start["layers.0.weight"], layers(seed=1)[0].weight)
-    assert not state.start["layers.0.lora.B"].any()
-
-
 class RestoresLate(SingleDeviceStrategy):
     """Loads checkpoints when the module is on its device, as strategies that shard do."""
 
@@ -119,72 +104,6 @@ def test_5_setup_is_called_for_every_stage_and_again_for_a_second_fit_and_inject
         run(model, data(), **({"verbose": False} if function in ("validate", "test") else {}))
         assert structure(model) == before
     assert adapted.counts == {"validate": 0, "fit": 3, "test": 0, "predict": 0}
-
-
-@pytest.mark.parametrize(
-    ("precision", "adapter_dtype"),
-    [("bf16-true", "float32"), ("64-true", "float32"), ("32-true", "bfloat16"), ("bf16-true", "float64")],
-)
-def test_6_a_precision_that_casts_the_module_leaves_the_adapters_dtype(precision, adapter_dtype, tmp_path):
-    state = State()
-    trainer(tmp_path, LoRA(rank=2, adapter_dtype=adapter_dtype), state, precision=precision).fit(Net(), data())
-    expected = getattr(torch, adapter_dtype)
-    assert state.dtypes == {name: {expected} for name in ("layers.0", "layers.3", "layers.5")}
-    assert state.state_dtypes == {expected}
-    weight = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "32-true": torch.float32}[precision]
-    assert state.end["layers.0.weight"].dtype == weight
-    assert state.end["layers.0.lora.B"].any()
-
-
-def test_9_the_learning_rate_finder_leaves_the_run_that_follows_as_it_would_be(tmp_path):
-    class SameRate(LearningRateFinder):
-        def lr_find(self, trainer, pl_module) -> None:
-            super().lr_find(trainer, pl_module)
-            for group in trainer.optimizers[0].param_groups:
-                group["lr"] = pl_module.hparams["lr"]
-
-    found, plain = State(), State()
-    finder = SameRate(num_training_steps=6, update_attr=False, early_stop_threshold=None)
-    trainer(tmp_path, LoRA(rank=2), found, finder).fit(Net(), ResumableLoader())
-    trainer(tmp_path, LoRA(rank=2), plain).fit(Net(), ResumableLoader())
-    assert len(finder.optimal_lr.results["lr"]) == 6
-    assert digest(found.start) == digest(plain.start)
-
-
-@pytest.mark.parametrize("form", ["merged", "adapter"])
-def test_9_the_tuner_finds_a_rate_and_leaves_the_module_plain_and_as_it_was(form, tmp_path):
-    class Tuned(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lr = 0.01
-
-    model = Tuned()
-    before, bits = structure(model), digest(model.state_dict())
-    run = trainer(tmp_path, LoRA(rank=2, checkpoint=form))
-    found = Tuner(run).lr_find(model, data(), num_training=6, update_attr=False, early_stop_threshold=None)
-    assert len(found.results["loss"]) == 6
-    assert digest(model.state_dict()) == bits
-    assert structure(model) == before
-
-
-def test_9_the_batch_size_finder_leaves_w0_and_the_adapters_as_they_were(tmp_path):
-    class Sized(Net):
-        validation_step = LightningModule.validation_step  # none
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.batch_size = 2
-
-        def train_dataloader(self):
-            dataset = TensorDataset(torch.randn(16, 8), torch.randn(16, 4))
-            return DataLoader(dataset, batch_size=self.batch_size, drop_last=True)
-
-    state, model = State(), Sized()
-    finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
-    trainer(tmp_path, LoRA(rank=2), state, finder).fit(model)
-    assert model.batch_size > 2
-    assert torch.equal(state.start["layers.0.weight"], layers()[0].weight)
-    assert not state.start["layers.0.lora.B"].any()
 
 
 class TogglesAndSaves(Net):
