@@ -262,7 +262,7 @@ def test_over_20_steps_with_a_changing_rate_and_a_resumption_it_breaks_and_recom
         torch.testing.assert_close(fast, eager, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", ["merged", *(pytest.param(g, marks=pytest.mark.slow) for g in GRADIENTS[::2])])
 def test_by_the_default_backend_it_takes_the_same_steps(gradient):
     """Generated code, for a Linear and a convolution at once."""
     runs = []

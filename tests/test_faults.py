@@ -161,42 +161,46 @@ def called(name, moment):
     return not any(part in name for part in ELSEWHERE) and not (moment == "late" and name in ONCE)
 
 
-EARLY_AND_LATE = [("early", "factored"), ("late", "merged")]
-
-
-@pytest.mark.parametrize(("moment", "gradient"), EARLY_AND_LATE)
-@pytest.mark.parametrize("name", METHODS)
-def test_an_exception_in_any_method_of_the_module_is_seen_and_leaves_a_module_to_fit_again(
-    name, moment, gradient, unfailing, tmp_path
-):
-    fault, model = Fault(name, moment), Hooked()
-    if called(name, moment):
-        fails_and_recovers(tmp_path, gradient, fault, model, expected=unfailing)
-    elif "sharded" not in name:
-        fault.put_into(model, lambda *_: model.trainer)
-        run_of(tmp_path, gradient).fit(model)
-        assert fault.error is None
+MOMENTS = {"early": "factored", "late": "merged"}
+"""And the gradient of the run."""
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "moment", "gradient"),
+    ("name", "moment"), [(name, moment) for name in METHODS for moment in MOMENTS if called(name, moment)]
+)
+def test_an_exception_in_any_method_of_the_module_is_seen_and_leaves_a_module_to_fit_again(
+    name, moment, unfailing, tmp_path
+):
+    fails_and_recovers(tmp_path, MOMENTS[moment], Fault(name, moment), Hooked(), expected=unfailing)
+
+
+@pytest.mark.parametrize(
+    ("name", "moment", "place"),
     [
-        (name, place, moment, gradient)
+        (name, moment, place)
         for index, name in enumerate(CALLBACK_METHODS)
-        for place, (moment, gradient) in zip(("before", "after")[:: 1 - index % 2 * 2], EARLY_AND_LATE, strict=True)
+        for moment, place in zip(MOMENTS, ("before", "after")[:: 1 - index % 2 * 2], strict=True)
+        if called(name, moment)
     ],
 )
 def test_an_exception_in_any_hook_of_another_callback_is_seen_and_leaves_a_module_to_fit_again(
-    name, place, moment, gradient, unfailing, tmp_path
+    name, moment, place, unfailing, tmp_path
 ):
     model, fault = Hooked(), Fault(name, moment)
     watch = fault.put_into(Watch(), lambda *_: model.trainer)
-    if called(name, moment):
-        callbacks = {"before" if place == "before" else "callbacks": [watch]}
-        fails_and_recovers(tmp_path, gradient, fault, model, expected=unfailing, **callbacks)
-    else:
-        run_of(tmp_path, gradient, watch).fit(model)
-        assert fault.error is None
+    callbacks = {"before" if place == "before" else "callbacks": [watch]}
+    fails_and_recovers(tmp_path, MOMENTS[moment], fault, model, expected=unfailing, **callbacks)
+
+
+def test_no_other_hook_is_called_then(tmp_path):
+    model, watch, faults = Hooked(), Watch(), []
+    for names, thing in ((METHODS, model), (CALLBACK_METHODS, watch)):
+        for name, moment in itertools.product(names, MOMENTS):
+            if not called(name, moment) and "sharded" not in name:
+                faults.append(Fault(name, moment))
+                faults[-1].put_into(thing, lambda *_: model.trainer)
+    run_of(tmp_path, "factored", watch).fit(model)
+    assert not any(fault.error for fault in faults)
 
 
 @pytest.mark.parametrize(("name", "function"), list(zip(METHODS, itertools.cycle(("test", "predict")))))

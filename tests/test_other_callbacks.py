@@ -662,8 +662,9 @@ OPTIONS_OF_MODEL_CHECKPOINT: dict[str, tuple[dict, int]] = {
 """Name -> options, and how many files two epochs leave."""
 
 
-@pytest.mark.parametrize("mode", ["factored", "merged-bf16-true"])
-@pytest.mark.parametrize("name", OPTIONS_OF_MODEL_CHECKPOINT)
+@pytest.mark.parametrize(
+    ("name", "mode"), list(zip(OPTIONS_OF_MODEL_CHECKPOINT, itertools.cycle(("factored", "merged-bf16-true"))))
+)
 def test_every_file_of_model_checkpoint_is_plain_and_resumes_bitwise(name, mode, three_epochs, tmp_path):
     options, n_files = OPTIONS_OF_MODEL_CHECKPOINT[name]
 
