@@ -43,7 +43,7 @@ def operations(kind: type[Adapter], rank: int, b: int, n: int, m: int) -> dict[s
         return adapter.project(W[next(turn) % 6], A, B)
 
     def step() -> object:
-        return adapter.add_step(W[next(turn) % 6], A, B, A + 1e-6, B + 1e-6)
+        return adapter.add_step(W[next(turn) % 6], *adapter.step(A, B, A + 1e-6, B + 1e-6))
 
     return {"gradients from X and dY": thin, "gradients from G": full, "step of the weight": step}
 

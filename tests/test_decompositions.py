@@ -342,7 +342,7 @@ def test_nothing_is_multiplied_by_its_factors(stacked, dtype):
     with Operations() as operations, torch.no_grad():
         adapter.delta_weight()
         adapter.project(G, adapter.A, adapter.B)
-        adapter.add_step(G, *before, adapter.A, adapter.B)
+        adapter.add_step(G, *adapter.step(*before, adapter.A, adapter.B))
         adapter.follow(weight, *before)
         adapter.folded_into(weight)
         adapter.folded_out_of(weight)

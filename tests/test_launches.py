@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.launches import PRECISIONS, Launches, count
+from lightning_lora import attach, inject
 
 CASES = [(precision, bias, alpha) for precision in PRECISIONS for bias in (True, False) for alpha in (8, 16)]
 MOST = {"factored": (2, 4), "merged": (0, 4), "projected": (0, 3)}
@@ -43,3 +45,24 @@ def test_views_allocations_and_questions_are_no_launches_and_reading_a_number_is
         x.mul_(2).add(1) @ x
         x[0, 0].item()
     assert launches.names == ["_foreach_copy_", "mul_", "add", "mm", "_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("decomposition", ["product", "additive"])
+def test_the_steps_of_adapters_of_one_shape_are_computed_together(decomposition):
+    """Each further layer launches one product, or the additions of its increment, and nothing else."""
+
+    def launched(layers):
+        module = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(layers)))
+        inject(module, rank=2, gradient="merged", decomposition=decomposition)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1, foreach=True)
+        attach(module, optimizer)
+        for p in trained:
+            p.grad = torch.ones_like(p)
+        with Launches() as launches:
+            optimizer.step()
+        return len(launches.names)
+
+    of_each = {"product": 1, "additive": 3}[decomposition]
+    assert launched(30) - launched(10) == 20 * of_each
+    assert launched(10) <= 10 * of_each + 10

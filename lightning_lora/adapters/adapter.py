@@ -324,13 +324,16 @@ class Adapter(nn.Module):
         A, B = cast((A, B), dy.dtype)
         return scaled(self.scale, B, dy.T) @ x, scaled(self.scale, A, x.T) @ dy
 
-    def add_step(self, matrix: Tensor, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> None:
-        """Takes ``matrix`` (m, n), in place, from the increment of A and B to that of A' and B'.
+    def step(self, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> tuple[Tensor, Tensor]:
+        """The step from A and B to A' and B' as factors of its own, for :meth:`add_step`; of stacks of factors too.
 
-        s ((B' - B)^T A' + B^T (A' - A)), one product of rank 2r: no difference of two large products.
+        B'^T A' - B^T A = (B' - B)^T A' + B^T (A' - A): one product of rank 2r, and no difference of two large ones.
         """
-        left, right = torch.cat([B_next - B, B], -2), torch.cat([A_next, A_next - A], -2)
-        (matrix.baddbmm_ if matrix.dim() == 3 else matrix.addmm_)(left.mT, right, alpha=self.scale)
+        return torch.cat([A_next, A_next - A], -2), torch.cat([B_next - B, B], -2)
+
+    def add_step(self, matrix: Tensor, A: Tensor, B: Tensor) -> None:
+        """Adds the increment of a step, whose factors A and B :meth:`step` gave, to ``matrix`` (m, n) in place."""
+        (matrix.baddbmm_ if matrix.dim() == 3 else matrix.addmm_)(B.mT, A, alpha=self.scale)
 
     # ------------------------------------------------------------------------------------------- weights, in and out
 
@@ -377,7 +380,7 @@ class Adapter(nn.Module):
 
         A product is formed some rows at a time: on the CPU these stay in its cache, and no device holds all of delta.
         """
-        full, dtype, result = full_adapters([self])[0], self._sum_dtype(weight), torch.empty_like(weight)
+        full, dtype, result = full_adapters([self])[0], self.sum_dtype(weight), torch.empty_like(weight)
         in_parts = type(self).formed is Adapter.formed
         each = _rows_at_a_time(weight) if in_parts else max(1, len(weight))
         factors = full.increment() if in_parts else ()
@@ -387,7 +390,8 @@ class Adapter(nn.Module):
             result[rows] = formula(weight[rows].to(dtype), delta, rows)
         return result
 
-    def _sum_dtype(self, weight: Tensor) -> torch.dtype:
+    def sum_dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype in which the increment, or a step, is added to ``weight``."""
         return torch.promote_types(torch.promote_types(self.A.dtype, weight.dtype), torch.float32)
 
     @torch.no_grad()
@@ -407,7 +411,7 @@ class Adapter(nn.Module):
         if self._is_zero():
             return weight.detach().clone(), 0.0
         base = self._rounded_once(weight, lambda W, delta, _: W - delta)
-        return base, _bound(weight, base, self._sum_dtype(weight))
+        return base, _bound(weight, base, self.sum_dtype(weight))
 
     @torch.no_grad()
     def held(self) -> tuple[Tensor, Tensor]:
@@ -424,23 +428,27 @@ class Adapter(nn.Module):
         finally:
             vars(self)["_parameters"] = own
 
-    @torch.no_grad()
-    @full_precision()
     def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
         """Takes ``weight``, which holds the increment of ``A`` and ``B``, to that of the factors as they are now.
 
-        A weight below float32 would lose every update smaller than half an ulp: it is rounded stochastically, by random
-        bits that depend on ``key``, the number of the step and the place of the entry alone. ``rows``, if given, are
-        those of the whole weight that ``weight`` is.
+        ``rows``, if given, are those of the whole weight that ``weight`` is.
         """
-        after = self.factors()
-        dtype = self._sum_dtype(weight)
+        self.take_step(weight, *steps([self], [(A, B)], self.sum_dtype(weight))[0], rows)
+
+    @torch.no_grad()
+    @full_precision()
+    def take_step(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
+        """Adds a step, whose factors are A and B, to ``weight``, which holds the increment.
+
+        A weight below float32 would lose every update smaller than half an ulp: it is rounded stochastically, by random
+        bits that depend on ``key``, the number of the step and the place of the entry alone.
+        """
+        dtype = self.sum_dtype(weight)
         counts = []
         with torch.autocast(weight.device.type, enabled=False):  # which is on in a manual optimization's step
             for part, own in self._parts(weight, rows):
                 work = part if part.dtype == dtype and part.is_contiguous() else part.to(dtype).contiguous()
-                factors = (*self.of_rows(own, A, B), *self.of_rows(own, *after))
-                self.add_step(self.as_matrix(work), *(factor.to(dtype) for factor in factors))
+                self.add_step(self.as_matrix(work), *self.of_rows(own, A, B))
                 if work is not part:
                     counts += self._write(part, work, own)
         if counts:
@@ -481,9 +489,9 @@ class Adapter(nn.Module):
 
     @property
     def has_rows(self) -> bool:
-        """Whether :meth:`follow` can take some rows of a weight, for which it takes these rows' factors alone."""
+        """Whether :meth:`take_step` can take some rows of a weight, for which it takes these rows' factors alone."""
         kind = type(self)
-        return kind.follow is Adapter.follow and kind.add_step is Adapter.add_step
+        return kind.take_step is Adapter.take_step and kind.add_step is Adapter.add_step
 
     def of_rows(self, rows: slice | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of ``rows`` of the weight, as it is stored: of outputs, of inputs, or of a stack's matrices."""
@@ -666,6 +674,22 @@ def full_adapters(adapters: Sequence[Adapter]) -> list[Adapter]:
     """
     states = [adapter.state_dict() for adapter in adapters]
     return [a.gathered(own, full) for a, own, full in zip(adapters, states, full_states(states), strict=True)]
+
+
+@torch.no_grad()
+def steps(
+    adapters: Sequence[Adapter], before: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what :meth:`Adapter.step` gives for each of ``adapters``, alike in class and shapes, computed together.
+
+    Args:
+        adapters: With full tensors, after the step.
+        before: The factors that each had before it.
+        dtype: Of the sums.
+    """
+    each = [(*factors, *adapter.factors()) for adapter, factors in zip(adapters, before, strict=True)]
+    stacked = [torch.stack(factors).to(dtype) for factors in zip(*each, strict=True)]
+    return list(zip(*(factor.unbind() for factor in adapters[0].step(*stacked)), strict=True))
 
 
 def _rows_at_a_time(weight: Tensor) -> int:

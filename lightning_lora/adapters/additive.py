@@ -47,13 +47,13 @@ class Additive(Adapter, decomposition="additive"):
         n, m = A.shape[-1] // self.rank, B.shape[-1] // self.rank
         tall, wide = (unit.tile(1, blocks).expand(*A.shape[:-2], -1, -1) for blocks in (n, m))
         if self.padding_idx is not None:
-            tall = tall.index_fill(-1, torch.tensor(self.padding_idx, device=A.device), 0)
+            tall = tall.index_fill(-1, torch.full((), self.padding_idx, device=A.device), 0)
         return torch.cat([A, tall], -2), torch.cat([wide, B], -2)
 
     def formed(self, dtype: torch.dtype) -> Tensor:
         dtype = torch.promote_types(self.A.dtype, dtype)
         delta = torch.zeros(self.shape, dtype=dtype, device=self.A.device)
-        self.add_increment(self.as_matrix(delta), self.A.to(dtype), self.B.to(dtype))
+        self.add_step(self.as_matrix(delta), self.A.to(dtype), self.B.to(dtype))
         return delta
 
     def project(self, gradient: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,11 +66,12 @@ class Additive(Adapter, decomposition="additive"):
         """dY, summed over its blocks of columns, times X; X, summed over its blocks, times dY."""
         return self._sums(dy).T @ x, self._sums(x).T @ dy
 
-    def add_step(self, matrix: Tensor, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> None:
-        self.add_increment(matrix, A_next - A, B_next - B)
+    def step(self, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> tuple[Tensor, Tensor]:
+        """The increment is linear in A and B: their differences."""
+        return A_next - A, B_next - B
 
-    def add_increment(self, matrix: Tensor, A: Tensor, B: Tensor) -> None:
-        """Adds that of A and B to ``matrix`` (m, n) in place."""
+    def add_step(self, matrix: Tensor, A: Tensor, B: Tensor) -> None:
+        """Adds the increment of A and B to ``matrix`` (m, n) in place."""
         matrix.unflatten(-2, (-1, self.rank)).add_(A.unsqueeze(-3), alpha=self.scale)
         padding = None if self.padding_idx is None else matrix[..., self.padding_idx].clone()
         wide = math.gcd(matrix.shape[-1] // self.rank, max(1, 64 // self.rank))  # short rows are added slowly

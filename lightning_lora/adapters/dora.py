@@ -96,17 +96,17 @@ class DoRA(Adapter, decomposition="dora"):
         factors = self.by_rows(self.held_gain).expand(weight.shape)
         base = self._rounded_once(weight, lambda W, delta, rows: W / factors[rows] - delta)
         smallest = min(1.0, self.held_gain.abs().min().item())
-        return base, 2 * _bound(weight, base, self._sum_dtype(weight)) / smallest
+        return base, 2 * _bound(weight, base, self.sum_dtype(weight)) / smallest
 
     @torch.no_grad()
     @full_precision()
-    def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
+    def take_step(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
         """V is the weight over the gain that it holds; with V' a step on, the weight is V' times the new gain."""
         dtype = torch.promote_types(self.held_gain.dtype, weight.dtype)
         V = (weight.to(dtype) / self.by_rows(self.held_gain)).contiguous()
         matrix = self.as_matrix(V)
         with torch.autocast(weight.device.type, enabled=False):
-            self.add_step(matrix, *(factor.to(dtype) for factor in (A, B, *self.factors())))
+            self.add_step(matrix, A.to(dtype), B.to(dtype))
         self.held_gain.copy_(self._over(torch.linalg.vector_norm(matrix, dim=-1)))
         self._write(weight, V * self.by_rows(self.held_gain))
 

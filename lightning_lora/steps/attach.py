@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_lora._compat import copy_each
 from lightning_lora.adapters import Adapter
+from lightning_lora.adapters.adapter import steps
 from lightning_lora.errors import LoRAError
 from lightning_lora.injection.inject import Injection, Place, adapters, places
 from lightning_lora.injection.options import Options
 from lightning_lora.steps.resample import check_moments, draw_anew, forget, warn_of_decay
 from lightning_lora.weights import full_states
-from lightning_lora.weights.sharded import makes_states, reshard
+from lightning_lora.weights.sharded import is_shard, makes_states, reshard
 
+TOGETHER = 2**23
+"""How many entries of A and B take part in one computation of steps."""
 _FOLLOWED: weakref.WeakKeyDictionary[Adapter, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 """Adapter -> the optimizers whose steps it follows."""
 
@@ -102,7 +106,11 @@ class _Attached:
         reshard(self.module)
         self._look_through_groups()
         for follower in self.followers:
-            follower.remember(self.optimizer)
+            follower.forget(self.optimizer)
+        trained = [follower.adapter.trained for follower in self.followers]
+        copies = iter(_copies([p.detach() for each in trained for p in each.values()]))
+        for follower, each in zip(self.followers, trained, strict=True):
+            follower.before = {name: next(copies) for name in each}
         if len(args) > 1 and args[1] is not None:  # the first is the optimizer itself
             return (args[0], _once(args[1]), *args[2:]), kwargs
         if kwargs.get("closure") is not None:
@@ -128,13 +136,20 @@ class _Attached:
         holding = [follower for follower in self.followers if follower.place.host.holds_increment]
         states = [state for follower in holding for state in (follower.before, follower.adapter.state_dict())]
         full = full_states(states)
+        moved = [
+            (follower, before, follower.adapter.gathered(own, after))
+            for follower, before, own, after in zip(holding, full[::2], states[1::2], full[1::2], strict=True)
+        ]
         drawn: dict[str, dict[Adapter, Adapter]] = {}
-        for follower, before, own, after in zip(holding, full[::2], states[1::2], full[1::2], strict=True):
-            adapter = follower.adapter
-            adapter.steps += 1
-            follower.follow(before, now := adapter.gathered(own, after))
-            if follower.is_drawn():
-                drawn.setdefault(follower.options.resample_moments, {})[adapter] = now
+        for alike in _alike(moved):
+            first, *_ = alike
+            now, before = [adapter for *_, adapter in alike], [a.factors_with(tensors) for _, tensors, a in alike]
+            taken = steps(now, before, now[0].sum_dtype(first[0].place.weight))
+            for (follower, _, adapter), step in zip(alike, taken, strict=True):
+                follower.adapter.steps += 1
+                follower.take(step, adapter)
+                if follower.is_drawn():
+                    drawn.setdefault(follower.options.resample_moments, {})[follower.adapter] = adapter
         for moments, adapters_drawn in drawn.items():
             draw_anew(adapters_drawn, self.optimizer, moments)
         for follower in self.followers:
@@ -169,6 +184,34 @@ class _Attached:
             follower.adapter.set_followed()
         self.followers += new
         self._sizes = sizes
+
+
+Moved = tuple["Follower", dict[str, Tensor], Adapter]
+"""A follower, the trained tensors before the step, and the adapter after it; all full."""
+
+
+def _alike(moved: list[Moved]) -> Iterator[list[Moved]]:
+    """Divide ``moved`` into adapters of one class and shapes, not too many at a time, for :func:`steps`."""
+    groups: dict[Any, list[Moved]] = {}
+    for one in moved:
+        follower, _, adapter = one
+        A, B, weight = adapter.A, adapter.B, follower.place.weight
+        kind = type(adapter), A.shape, B.shape, A.dtype, A.device, adapter.sum_dtype(weight)
+        groups.setdefault(kind, []).append(one)
+    for (_, A, B, *_), group in groups.items():
+        most = max(1, TOGETHER // (A.numel() + B.numel()))
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
+
+
+@torch.no_grad()
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of ``tensors``, by one launch where they are not sharded."""
+    if not tensors or any(map(is_shard, tensors)):
+        return [tensor.clone() for tensor in tensors]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    copy_each(copies, tensors)
+    return copies
 
 
 def _has_consequences(place: Place, options: Options) -> bool:
@@ -231,11 +274,10 @@ class Follower:
                     " to one."
                 )
 
-    def remember(self, optimizer: Optimizer) -> None:
-        """Keeps what it takes to follow a step that is about to be taken."""
+    def forget(self, optimizer: Optimizer) -> None:
+        """Have ``optimizer`` forget the moments of factors that were drawn after its last step, if it is to."""
         if self.adapter.resample is not None and self.options.resample_moments == "reset":
             forget(self.adapter, optimizer)
-        self.before = {name: p.detach().clone() for name, p in self.adapter.trained.items()}
 
     @torch.no_grad()
     def scale_step(self) -> None:
@@ -244,14 +286,10 @@ class Follower:
             B = self.before["B"]
             self.adapter.B.copy_(B + self.options.lr_ratio * (self.adapter.B - B))
 
-    @torch.no_grad()
-    def follow(self, before: dict[str, Tensor], now: Adapter) -> None:
-        """Take the weight to the increment of the adapter ``now`` from where its trained tensors were ``before``.
-
-        All tensors are full.
-        """
-        A, B = now.factors_with(before)
-        self.place.stored.add_step(lambda weight, rows: now.follow(weight, A, B, rows), now.has_rows)
+    def take(self, step: tuple[Tensor, Tensor], now: Adapter) -> None:
+        """Add ``step`` to the weight; ``now`` is the adapter with full tensors."""
+        now.steps = self.adapter.steps
+        self.place.stored.add_step(lambda weight, rows: now.take_step(weight, *step, rows), now.has_rows)
         self.adapter.lost = now.lost
 
     def is_drawn(self) -> bool:
