@@ -30,18 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import JOBS, environment, make_model, target_names
+from common import GRADIENTS, JOBS, environment, make_model, target_names
 from lightning.pytorch import Callback, LightningModule, Trainer
 from memory import traced
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import lightning_lora.callback
-import lightning_lora.memory.activations
 from lightning_lora import LoRA, Memory, attach, estimate_memory
 from lightning_lora.injection.inject import places
-from lightning_lora.injection.options import GRADIENTS
-from lightning_lora.memory.report import PARTS, MemoryMeter
+from lightning_lora.memory.report import PARTS
 
 MIB = 2**20
 
@@ -97,46 +94,14 @@ class Module(LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
 
-class TimedMeter(MemoryMeter):
-    """Adds up the CPU seconds of all that the callback does for the report."""
-
-    seconds = 0.0
-
-    def __init__(self, *args: Any) -> None:
-        start = time.process_time()
-        super().__init__(*args)
-        type(self).seconds += time.process_time() - start
-
-    def _after_step(self, *args: Any) -> None:
-        start = time.process_time()
-        super()._after_step(*args)
-        type(self).seconds += time.process_time() - start
-
-
-def timed(function: Any) -> Any:
-    def wrapped(*args: Any) -> Any:
-        start = time.process_time()
-        result = function(*args)
-        TimedMeter.seconds += time.process_time() - start
-        return result
-
-    return wrapped
-
-
 def parts(memory: Memory) -> dict[str, int]:
     return {part: getattr(memory, part) for part in PARTS}
 
 
-def reported(name: str, gradient: str, rank: int) -> dict[str, Any]:
-    """Bytes that the callback reports and that are estimated, and what share of 100 steps the report took."""
-    warnings.simplefilter("ignore")
+def fitted(name: str, options: dict[str, Any]) -> tuple[LoRA, Module, list[float]]:
+    """The callback and the module of a run of 6 steps, and the CPU seconds of each."""
     torch.manual_seed(0)
-    lightning_lora.callback.MemoryMeter = TimedMeter
-    lightning_lora.memory.activations._dry_full_step = timed(lightning_lora.memory.activations._dry_full_step)
-    job = JOBS[name]()
-    names = [f"model.{target}" for target in target_names(job.model)]
-    options = {"rank": rank, "target_modules": names, "gradient": gradient}
-    lora, module, clock = LoRA(**options), Module(job), Clock()
+    lora, module, clock = LoRA(**options), Module(JOBS[name]()), Clock()
     trainer = Trainer(
         accelerator="cpu",
         max_steps=6,
@@ -147,18 +112,30 @@ def reported(name: str, gradient: str, rank: int) -> dict[str, Any]:
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader([module.job] * 6, batch_size=None))
+    return lora, module, clock.seconds
+
+
+def reported(name: str, gradient: str, rank: int) -> dict[str, Any]:
+    """Bytes that the callback reports and that are estimated, and how long the first step takes longer for it."""
+    warnings.simplefilter("ignore")
+    targets = [f"model.{target}" for target in target_names(JOBS[name]().model)]
+    options = {"rank": rank, "gradient": gradient, "target_modules": targets}
+    fitted(name, {**options, "log_memory": False})  # what torch does once in a process
+    _, _, plain = fitted(name, {**options, "log_memory": False})
+    lora, module, watched = fitted(name, options)
     assert lora.memory is not None
     with torch.device("meta"):
         meta = Module(JOBS[name]())
     estimate = estimate_memory(meta, module.job, **options)
+    seconds = watched[0] - plain[0]
     return {
         "notes": lora.memory.notes,
         "lora": parts(lora.memory.lora),
         "full": parts(lora.memory.full),
         "estimated lora": parts(estimate.lora),
         "estimated full": parts(estimate.full),
-        "seconds": TimedMeter.seconds,
-        "share of 100 steps": TimedMeter.seconds / (100 * statistics.median(clock.seconds[1:])),
+        "seconds": seconds,
+        "share of 100 steps": seconds / (100 * statistics.median(plain[1:])),
     }
 
 
