@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [ROOT / "docs" / "start.md", *sorted((ROOT / "docs" / "recipes").glob("*.md"))]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 OPTIONAL = ("timm", "torch_geometric", "pytorch_forecasting")
