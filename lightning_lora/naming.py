@@ -17,22 +17,22 @@ COMPILED, CHECKPOINTED, FABRIC = "_orig_mod", "_checkpoint_wrapped_module", ("_o
 
 
 def plain_name(name: str) -> str:
-    """``name``, of a module or a parameter, as it is in the user's code: without the wrappers' own names."""
+    """Return ``name``, of a module or a parameter, as it is in the user's code: without the wrappers' own names."""
     return ".".join(part for part in name.split(".") if part not in (COMPILED, CHECKPOINTED, *FABRIC))
 
 
 def state_key(name: str) -> str:
-    """The key in a ``state_dict`` of what is called ``name``: checkpoints and Fabric take their own names out of it."""
+    """Return the key in a ``state_dict`` of what is called ``name``, without the names of checkpoints and Fabric."""
     return ".".join(part for part in name.split(".") if part not in (CHECKPOINTED, *FABRIC))
 
 
 def starred(name: str) -> str:
-    """``name`` with a star for each part that is a number."""
+    """Return ``name`` with a star for each part that is a number."""
     return NUMBER.sub("*", name)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that ``module`` wraps; itself if it wraps none."""
+    """Return the module that ``module`` wraps; itself if it wraps none."""
     for name in (COMPILED, CHECKPOINTED, *FABRIC):
         if (inner := module._modules.get(name)) is not None:
             return unwrapped(inner)

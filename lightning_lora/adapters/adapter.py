@@ -173,7 +173,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def check_shape(cls, name: str, m: int, n: int, rank: int, init: str) -> None:
-        """Raises ``ValueError`` if the layer ``name``, whose weight is m x n, cannot have this rank and start."""
+        """Raise ``ValueError`` if the layer ``name``, whose weight is m x n, cannot have this rank and start."""
         initial.check_start(name, init, m, n, rank)
 
     @classmethod
@@ -188,7 +188,7 @@ class Adapter(nn.Module):
         init: str = "zero",
         **kwargs: Any,
     ) -> Adapter:
-        """An adapter for ``weight`` whose increment is zero, drawn on the CPU from ``(seed, name)`` alone.
+        """Return an adapter for ``weight`` whose increment is zero, drawn on the CPU from ``(seed, name)`` alone.
 
         Where ``stacked``, the first dimension of ``weight`` counts matrices. What each ``init`` is, is said in
         ``initial.py``; a start whose product is not zero is kept as A0 and B0.
@@ -205,7 +205,7 @@ class Adapter(nn.Module):
 
     @full_precision()
     def start(self, weight: Tensor, init: str) -> None:
-        """Sets the factors, which are zero, for the pretrained ``weight``; further parameters can be made here."""
+        """Set the factors, which are zero, for the pretrained ``weight``; further parameters can be made here."""
         if self.resample is not None:
             self.draw()
             return
@@ -219,7 +219,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def start_from(self, A: Tensor, B: Tensor) -> None:
-        """Starts at factors whose product is not zero, and keeps them as A0 and B0."""
+        """Start at factors whose product is not zero, and keep them as A0 and B0."""
         for name, value in (("A", A), ("B", B)):
             factor = getattr(self, name)
             factor.copy_(value)
@@ -231,7 +231,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Draws the factors that belong to step ``drawn_at``, from the seed, the layer's name and that number alone.
+        """Draw the factors that belong to step ``drawn_at``, from the seed, the layer's name and that number alone.
 
         Entries ~ N(0, 1/r), so that E[A^T A] = I and E[B^T B] = I at any rank (article, "Random Projection"). If only A
         is drawn, B is zero.
@@ -247,7 +247,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def draw_A(self) -> None:
-        """Draws A alone."""
+        """Draw A alone."""
         A = self._drawn("A")
         self._clear_padding(A)
         assign(self.A, A)
@@ -262,7 +262,7 @@ class Adapter(nn.Module):
             A[..., self.padding_idx] = 0
 
     def fix(self, *names: str) -> None:
-        """Marks parameters as not trained."""
+        """Mark parameters as not trained."""
         self.fixed = (*self.fixed, *(name for name in names if name not in self.fixed))
         for name in names:
             getattr(self, name).requires_grad_(False)
@@ -294,7 +294,7 @@ class Adapter(nn.Module):
     # -------------------------------------------------------------------------- what a decomposition of one's own has
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, n) and B (r, m), or what stands for them, of which the increment is ``scale * B.T @ A``."""
+        """Return A (r, n) and B (r, m), or what stands for them: the increment is ``scale * B.T @ A``."""
         return self.A, self.B
 
     def gain(self, weight: Tensor) -> Tensor | None:
@@ -304,59 +304,59 @@ class Adapter(nn.Module):
     # ------------------------------------------------------------------------------------ the algebra of the product
 
     def increment(self) -> tuple[Tensor, Tensor]:
-        """A' and B' with as many rows as it takes, such that the increment is ``scale * B'.T @ A'``; differentiable."""
+        """Return A' and B', differentiable, with as many rows as it takes: the increment is ``scale * B'.T @ A'``."""
         A, B = self.factors()
         if self.A0 is not None and self.B0 is not None:
             A, B = torch.cat([A - self.A0, self.A0], -2), torch.cat([B, B - self.B0], -2)
         return self.as_product(A, B)
 
     def as_product(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """The increment of the factors A and B as a product; A and B themselves."""
+        """Return the increment of the factors A and B as a product: A and B themselves."""
         return A, B
 
     def project(self, gradient: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """dA = s B G, dB = s A G^T from the full gradient G = dL/dW, (m, n) (article, eq. grad-1), in G's dtype."""
+        """Return dA = s B G, dB = s A G^T from the full gradient G = dL/dW, (m, n) (article, eq. grad-1)."""
         A, B = cast((A, B), gradient.dtype)
         return scaled(self.scale, B, gradient), scaled(self.scale, A, gradient.mT)
 
     def project_thin(self, x: Tensor, dy: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from X (b, n) and dY (b, m), no G (article, eq. grad-2): dA = s (B dY^T) X, dB = s (A X^T) dY."""
+        """Return dA = s (B dY^T) X, dB = s (A X^T) dY from X (b, n) and dY (b, m), without G (article, eq. grad-2)."""
         A, B = cast((A, B), dy.dtype)
         return scaled(self.scale, B, dy.T) @ x, scaled(self.scale, A, x.T) @ dy
 
     def step(self, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> tuple[Tensor, Tensor]:
-        """The step from A and B to A' and B' as factors of its own, for :meth:`add_step`; of stacks of factors too.
+        """Return the step from A and B to A' and B' as factors of its own, for :meth:`add_step`; of stacks too.
 
         B'^T A' - B^T A = (B' - B)^T A' + B^T (A' - A): one product of rank 2r, and no difference of two large ones.
         """
         return torch.cat([A_next, A_next - A], -2), torch.cat([B_next - B, B], -2)
 
     def add_step(self, matrix: Tensor, A: Tensor, B: Tensor) -> None:
-        """Adds the increment of a step, whose factors A and B :meth:`step` gave, to ``matrix`` (m, n) in place."""
+        """Add the increment of a step, whose factors A and B :meth:`step` gave, to ``matrix`` (m, n) in place."""
         (matrix.baddbmm_ if matrix.dim() == 3 else matrix.addmm_)(B.mT, A, alpha=self.scale)
 
     # ------------------------------------------------------------------------------------------- weights, in and out
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """``weight``, or a tensor of its shape, as (m, n) or (k, m, n); a view wherever there can be one."""
+        """Return ``weight``, or a tensor of its shape, as (m, n) or (k, m, n); a view wherever there can be one."""
         matrix = weight.flatten(self.A.dim() - 1)
         return matrix.mT if self.transposed else matrix
 
     @torch.no_grad()
     @full_precision()
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The increment in the weight's layout and shape, at least in ``dtype``.
+        """Return the increment in the weight's layout and shape, at least in ``dtype``.
 
         It is a full tensor also where factors are sharded: all processes call this together.
         """
         return full_adapters([self])[0].formed(dtype)
 
     def formed(self, dtype: torch.dtype) -> Tensor:
-        """:meth:`delta_weight` of full factors."""
+        """Return :meth:`delta_weight` of full factors."""
         return self.delta(*self.increment(), dtype)
 
     def delta(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        """``scale * B.T @ A`` in the weight's layout, all rows or some, at least in ``dtype``; differentiable."""
+        """Return ``scale * B.T @ A``, differentiable, in the weight's layout, whole or some rows, in ``dtype`` or more."""
         dtype = torch.promote_types(A.dtype, dtype)
         A, B = A.to(dtype), B.to(dtype)
         with torch.autocast(A.device.type, enabled=False):
@@ -364,13 +364,13 @@ class Adapter(nn.Module):
         return delta.view(-1, *self.shape[1:])
 
     def by_rows(self, gain: Tensor) -> Tensor:
-        """``gain``, (m,) or (k, m), as it can be multiplied with a tensor of the weight's shape."""
+        """Shape ``gain``, (m,) or (k, m), to be multiplied with a tensor of the weight's shape."""
         return gain.unsqueeze(-2) if self.transposed else gain.view(*gain.shape, *(1 for _ in self.shape[gain.dim() :]))
 
     @torch.no_grad()
     @full_precision()
     def folded_into(self, weight: Tensor) -> Tensor:
-        """W = W0 + delta in the dtype of W0, rounded once from at least float32; W0 itself where delta is zero."""
+        """Return W = W0 + delta in the dtype of W0, rounded once from float32 or more; W0 where delta is zero."""
         if self._is_zero():
             return weight.detach().clone()  # not W0 + 0, which would turn -0.0 into 0.0
         return self._rounded_once(weight, lambda W0, delta, _: W0 + delta)
@@ -391,7 +391,7 @@ class Adapter(nn.Module):
         return result
 
     def sum_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype in which the increment, or a step, is added to ``weight``."""
+        """Return the dtype in which the increment, or a step, is added to ``weight``."""
         return torch.promote_types(torch.promote_types(self.A.dtype, weight.dtype), torch.float32)
 
     @torch.no_grad()
@@ -402,7 +402,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     @full_precision()
     def folded_out_of(self, weight: Tensor) -> tuple[Tensor, float]:
-        """W0 = W - delta in the dtype of W, and a bound of every entry's error if W is what ``folded_into`` gave.
+        """Return W0 = W - delta in W's dtype, and a bound of every entry's error if W is what ``folded_into`` gave.
 
         Both sums are rounded once to the dtype in which they are formed and once to the dtype of W, each time by half
         an ulp at the most: the bound is (u + u') (max|W| + max|W0|), with u, u' the two units of roundoff, plus the
@@ -415,12 +415,12 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def held(self) -> tuple[Tensor, Tensor]:
-        """The factors as they are, which :meth:`follow` must know when they have changed."""
+        """Return the factors as they are, which :meth:`follow` must know when they have changed."""
         A, B = self.factors()
         return A.detach().clone(), B.detach().clone()
 
     def factors_with(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What :meth:`factors` gives where ``tensors`` stand for the parameters of their names."""
+        """Return what :meth:`factors` gives where ``tensors`` stand for the parameters of their names."""
         own = self._parameters
         vars(self)["_parameters"] = {**own, **tensors}
         try:
@@ -429,7 +429,7 @@ class Adapter(nn.Module):
             vars(self)["_parameters"] = own
 
     def follow(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
-        """Takes ``weight``, which holds the increment of ``A`` and ``B``, to that of the factors as they are now.
+        """Take ``weight``, which holds the increment of ``A`` and ``B``, to that of the factors as they are now.
 
         ``rows``, if given, are those of the whole weight that ``weight`` is.
         """
@@ -438,7 +438,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     @full_precision()
     def take_step(self, weight: Tensor, A: Tensor, B: Tensor, rows: slice | None = None) -> None:
-        """Adds a step, whose factors are A and B, to ``weight``, which holds the increment.
+        """Add a step, whose factors are A and B, to ``weight``, which holds the increment.
 
         A weight below float32 would lose every update smaller than half an ulp: it is rounded stochastically, by random
         bits that depend on ``key``, the number of the step and the place of the entry alone.
@@ -456,7 +456,7 @@ class Adapter(nn.Module):
             self.lost = kept / moved.clamp_min(1)
 
     def _parts(self, weight: Tensor, rows: slice | None) -> Iterator[tuple[Tensor, slice | None]]:
-        """``weight``, in parts where it is rounded: what they take besides is small, and stays in the CPU's cache."""
+        """Yield ``weight`` in parts where it is rounded: what they take besides is small and stays in a cache."""
         each = _rows_at_a_time(weight)
         if not self.has_rows or weight.dtype.itemsize >= 4 or each >= len(weight):
             yield weight, rows
@@ -494,7 +494,7 @@ class Adapter(nn.Module):
         return kind.take_step is Adapter.take_step and kind.add_step is Adapter.add_step
 
     def of_rows(self, rows: slice | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of ``rows`` of the weight, as it is stored: of outputs, of inputs, or of a stack's matrices."""
+        """Return the factors of ``rows`` of the weight, as it is stored: of outputs, inputs, or matrices of a stack."""
         if rows is None:
             return A, B
         if A.dim() == 3:
@@ -502,7 +502,7 @@ class Adapter(nn.Module):
         return (A[:, rows], B) if self.transposed else (A, B[:, rows])
 
     def _write(self, weight: Tensor, value: Tensor, rows: slice | None = None) -> list[Tensor]:
-        """Writes ``value``, rounded, into ``weight``, which is ``rows`` of the whole one.
+        """Write ``value``, rounded, into ``weight``, which is ``rows`` of the whole one.
 
         Returns:
             Where factors are drawn anew, (2,): how many entries rounding to the nearest would have left where they
@@ -527,7 +527,7 @@ class Adapter(nn.Module):
     # ------------------------------------------------------------------------------------------------------- states
 
     def without_increment(self, weight: Tensor) -> dict[str, Tensor]:
-        """The state in which the increment of ``weight``, a whole weight, is zero.
+        """Return the state in which the increment of ``weight``, a full tensor, is zero.
 
         Where factors are drawn anew, what they are is no part of a weight's increment: only their steps are added.
         """
@@ -539,16 +539,16 @@ class Adapter(nn.Module):
         return {**state, **{name: torch.zeros_like(state[name]) for name in self.zero}}
 
     def saved(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint needs; a factor that the seed and the number of steps give is left out."""
+        """Return the tensors that a checkpoint needs: not a factor that the seed and the number of steps give."""
         left_out = ("A",) if self.resample == "A" else ()
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if name not in left_out}
 
     def gathered(self, own: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> Adapter:
-        """This adapter, whose state is ``own``; where the ``full`` tensors of it are others, a copy with these."""
+        """Return this adapter, whose state is ``own``; where its ``full`` tensors are others, a copy with these."""
         return self if all(full[name] is tensor for name, tensor in own.items()) else self.with_tensors(full)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """This adapter, with those of a state in the place of its own."""
+        """Return a copy with ``tensors`` in the place of its own."""
         other = copy.copy(self)
         other._parameters = {
             name: None if p is None else nn.Parameter(tensors[name], requires_grad=False)
@@ -558,7 +558,7 @@ class Adapter(nn.Module):
         return other
 
     def state(self, weight: Tensor) -> AdapterState:
-        """What a checkpoint needs to make this adapter again. ``weight`` is the module's."""
+        """Return what a checkpoint needs to make this adapter again. ``weight`` is the module's."""
         return AdapterState(
             decomposition=self.decomposition,
             tensors=self.saved(),
@@ -574,7 +574,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def resume(self, state: AdapterState) -> dict[str, Tensor]:
-        """The tensors of ``state``, which was taken of an adapter like this; this one counts its steps from there."""
+        """Count steps from where ``state``, of an adapter like this, was taken; return its tensors."""
         self.steps, self.drawn_at = state.steps, state.drawn_at
         if self.resample == "A":
             self.draw()
@@ -617,7 +617,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_state(cls, state: AdapterState) -> Adapter:
-        """The adapter that ``state`` was taken of, to fold it into a weight or out."""
+        """Return the adapter that ``state`` was taken of, to fold it into a weight or out."""
         tensors, drawn = dict(state.tensors), "A" not in state.tensors
         kind, B = DECOMPOSITIONS[state.decomposition], tensors.pop("B")
         _, _, n = state.sides()
@@ -693,7 +693,7 @@ def steps(
 
 
 def _rows_at_a_time(weight: Tensor) -> int:
-    """How many rows of ``weight`` are rounded at a time."""
+    """Return how many rows of ``weight`` are rounded at a time."""
     return max(1, (_PART_ON_CPU if weight.device.type == "cpu" else _PART) // max(1, math.prod(weight.shape[1:])))
 
 

@@ -42,7 +42,7 @@ class Additive(Adapter, decomposition="additive"):
         self.zero = ("A", "B")
 
     def as_product(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """[A; I_r(1 x n/r)] and [I_r(1 x m/r); B], of rank 2r, for layers that take the increment in two steps."""
+        """Return [A; I_r(1 x n/r)] and [I_r(1 x m/r); B], of rank 2r, for layers that take it in two steps."""
         unit = torch.eye(self.rank, dtype=A.dtype, device=A.device)
         n, m = A.shape[-1] // self.rank, B.shape[-1] // self.rank
         tall, wide = (unit.tile(1, blocks).expand(*A.shape[:-2], -1, -1) for blocks in (n, m))
@@ -67,11 +67,11 @@ class Additive(Adapter, decomposition="additive"):
         return self._sums(dy).T @ x, self._sums(x).T @ dy
 
     def step(self, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor) -> tuple[Tensor, Tensor]:
-        """The increment is linear in A and B: their differences."""
+        """Return the differences of A and of B, in which the increment is linear."""
         return A_next - A, B_next - B
 
     def add_step(self, matrix: Tensor, A: Tensor, B: Tensor) -> None:
-        """Adds the increment of A and B to ``matrix`` (m, n) in place."""
+        """Add the increment of A and B to ``matrix`` (m, n) in place."""
         matrix.unflatten(-2, (-1, self.rank)).add_(A.unsqueeze(-3), alpha=self.scale)
         padding = None if self.padding_idx is None else matrix[..., self.padding_idx].clone()
         wide = math.gcd(matrix.shape[-1] // self.rank, max(1, 64 // self.rank))  # short rows are added slowly
@@ -80,7 +80,7 @@ class Additive(Adapter, decomposition="additive"):
             matrix[..., self.padding_idx] = padding
 
     def _sums(self, rows: Tensor) -> Tensor:
-        """(b, r), the scaled sums over the blocks of ``rows`` (b, a multiple of r)."""
+        """Return (b, r), the scaled sums over the blocks of ``rows`` (b, a multiple of r)."""
         return rows.unflatten(-1, (-1, self.rank)).sum(-2).mul_(self.scale)
 
     def _is_zero(self) -> bool:

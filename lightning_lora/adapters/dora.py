@@ -51,7 +51,7 @@ class DoRA(Adapter, decomposition="dora"):
 
     @torch.no_grad()
     def _norms(self, weight: Tensor) -> Tensor:
-        """||V||, (m,), without V: the squares are ||W0||^2 + 2 s <W0 A^T, B^T> + s^2 <B^T A A^T, B^T>, row by row."""
+        """Return ||V||, (m,), of squares ||W0||^2 + 2 s <W0 A^T, B^T> + s^2 <B^T A A^T, B^T>, row by row."""
         A, B = self.increment()
         dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
         W0, A, B = self.as_matrix(weight).to(dtype), A.to(dtype), B.to(dtype)
@@ -60,7 +60,7 @@ class DoRA(Adapter, decomposition="dora"):
             return (self._squares_of_base(weight, W0) + (cross * B).sum(-2)).clamp_min(0).sqrt()
 
     def _squares_of_base(self, weight: Tensor, W0: Tensor) -> Tensor:
-        """||W0||^2 of each row, computed once for ``weight`` and again when it was written to; ``W0`` is its matrix."""
+        """Return ||W0||^2 of each row, computed once, and again when ``weight`` was written to; W0 is its matrix."""
         if (
             torch.compiler.is_compiling()
             or is_transformed()
@@ -85,7 +85,7 @@ class DoRA(Adapter, decomposition="dora"):
 
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
-        """The same, and take note of the gain that the weight has in it then."""
+        """Do the same, and take note of the gain that the weight has in it then."""
         self.held_gain.copy_(self._over(self._norms(weight)))
         super().hold(weight)
 

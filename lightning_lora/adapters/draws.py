@@ -13,7 +13,7 @@ from lightning_lora.weights import counter
 
 
 def generator(*key: str) -> torch.Generator:
-    """A CPU generator for ``key``, such as a seed and a layer's name: for what is drawn once, at the start.
+    """Return a CPU generator for ``key``, such as a seed and a layer's name: for what is drawn once, at the start.
 
     Equal on every rank, whatever has used the global generator; another key gives another stream, but for chance: torch
     seeds these generators with 32 bits.
@@ -32,6 +32,6 @@ def normal(key: counter.Key, shape: Sequence[int], device: torch.device) -> Tens
 
 
 def normal_of_format_2(key: str, drawn_at: int, shape: Sequence[int], std: float) -> Tensor:
-    """What N(0, std^2) was drawn as by the versions that wrote files of format 1 and 2."""
+    """Draw N(0, std^2) as the versions that wrote files of format 1 and 2 did."""
     values = torch.zeros(shape, dtype=torch.float32, device="cpu")
     return values.normal_(0, std, generator=generator(key, str(drawn_at)))

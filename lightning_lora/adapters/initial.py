@@ -27,17 +27,17 @@ INITS = ("zero", "symmetric", "orthogonal", "pissa", "pissa_niter_4", "gradient"
 
 
 def is_init(init: object) -> bool:
-    """Whether ``init`` is one of these."""
+    """Return whether ``init`` is one of these."""
     return init in INITS or (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init) is not None)
 
 
 def is_offset(init: str) -> bool:
-    """Whether the product of A and B is not zero at the start, and is taken away from the increment."""
+    """Return whether the product of A and B is not zero at the start, and is taken away from the increment."""
     return init in ("symmetric", "gradient") or init.startswith("pissa")
 
 
 def check_start(name: str, init: str, m: int, n: int, rank: int) -> None:
-    """Raises ``ValueError`` if ``init`` cannot be had at this rank for the layer ``name``, whose weight is m x n."""
+    """Raise ``ValueError`` if ``init`` cannot be had at this rank for the layer ``name``, whose weight is m x n."""
     if init == "orthogonal" and rank % 2:
         raise ValueError(
             f"`init='orthogonal'` needs an even rank, and that of {name!r} is {rank}. Give it {rank + 1}, for this one"
@@ -53,7 +53,7 @@ def check_start(name: str, init: str, m: int, n: int, rank: int) -> None:
 def start(
     init: str, weight: Tensor, rank: int, scale: float, zero: Sequence[str], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A (r, n) and B (r, m), float32 at least, for ``weight`` (m, n), or stacks of all three.
+    """Return A (r, n) and B (r, m), float32 at least, for ``weight`` (m, n), or stacks of all three.
 
     Args:
         init: One of :data:`INITS`.

@@ -174,7 +174,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def damage(path: Any) -> str | None:
-    """What is wrong with the zip archive that ``torch.save`` has written to ``path``."""
+    """Say what is wrong with the zip archive that ``torch.save`` has written to ``path``."""
     if path is None or not os.path.isfile(path):
         return None
     with open(path, "rb") as file:

@@ -189,7 +189,7 @@ def _is_int(value: Any) -> bool:
 
 
 def is_number(tensor: Any) -> bool:
-    """Whether ``tensor`` can be computed with: it is not sparse, nested, quantised, complex, or on the meta device."""
+    """Return whether ``tensor`` can be computed with: it is dense, plain, real, and has data."""
     return (
         isinstance(tensor, Tensor)
         and tensor.layout is torch.strided
@@ -246,7 +246,7 @@ def _typed(entry: Mapping[Any, Any]) -> AdapterState | None:
 
 
 def _fits_together(state: AdapterState) -> bool:
-    """Whether the tensors have the shapes that the weight's asks for, and one dtype."""
+    """Return whether the tensors have the shapes that the weight's asks for, and one dtype."""
     kind, B, tensors = DECOMPOSITIONS[state.decomposition], state.B, state.tensors
     if B.dim() not in (2, 3) or B.dim() > len(state.shape):
         return False
@@ -288,7 +288,7 @@ def _kind(state: AdapterState) -> AdapterState:
 
 
 def weight_key(name: str, state: Mapping[str, Any]) -> str:
-    """The key in ``state`` of the weight whose adapter is called ``name``."""
+    """Return the key in ``state`` of the weight whose adapter is called ``name``."""
     names = (name, f"{name}.weight")
     found = (key for key in names if key in state)
     compiled = (key for key in state if plain_name(key) != key and plain_name(key) in names)

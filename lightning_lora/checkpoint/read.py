@@ -217,7 +217,7 @@ def _recover_base(
 
 
 def _differ(expected: str | None, here: str) -> str:
-    """In what two fingerprints differ, as far as it can be told."""
+    """Say in what two fingerprints differ, as far as it can be told."""
     if expected is None:
         return "it was trained with the increment in the weight"
     then, now = ("plain" if not is_quantized(value) else value.split(":")[2] for value in (expected, here))

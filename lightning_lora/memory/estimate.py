@@ -79,7 +79,7 @@ def _memory(module: nn.Module, optimizers: list[Optimizer], step: str, batch: An
 
 
 def _without_data(module: nn.Module, mode: Any) -> Any:
-    """A copy whose tensors have no data, and that reaches nothing of the original's; what cannot be copied is mute."""
+    """Return a copy whose tensors have no data, and that reaches nothing of the original's."""
     memo: dict[int, Any] = {}
     with mode:
         for tensor in (*module.parameters(), *module.buffers()):
@@ -103,7 +103,7 @@ def _without_data(module: nn.Module, mode: Any) -> Any:
 
 
 def _dry_run(module: nn.Module, optimizers: int, step: str, batch: Any) -> tuple[int, list[nn.Parameter]]:
-    """Bytes that a step saves for the backward, and the parameters that it would give gradients to."""
+    """Return the bytes that a step saves for the backward, and the parameters that it would give gradients to."""
     saved = Saved(lambda: (*module.parameters(), *module.buffers()))
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.hold, saved.give)
     device = next(module.parameters()).device
@@ -145,7 +145,7 @@ def _optimizers(module: nn.Module, make: Callable[[list[nn.Parameter]], Optimize
 
 
 def _found(configured: Any) -> Iterator[Optimizer]:
-    """The optimizers in any of the forms in which ``configure_optimizers`` returns them."""
+    """Return the optimizers in any of the forms in which ``configure_optimizers`` returns them."""
     if isinstance(configured, Optimizer):
         yield configured
     elif isinstance(configured, dict):

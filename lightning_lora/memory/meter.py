@@ -133,7 +133,7 @@ def standing_gradient(module: nn.Module) -> int:
 
 
 def _full_nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of ``tensors``, with the shards of other processes."""
+    """Return the bytes of ``tensors``, with the shards of other processes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -34,12 +34,12 @@ def owners(optimizers: Iterable[Optimizer]) -> dict[Tensor, Owner]:
 
 
 def measured_nbytes(optimizers: Iterable[Optimizer]) -> int:
-    """Bytes of all tensors in the states of ``optimizers``."""
+    """Return the bytes of all tensors in the states of ``optimizers``."""
     return nbytes(tensor for optimizer in optimizers for tensor in tensors_in(optimizer.state))
 
 
 def derived_nbytes(owned: Iterable[tuple[Tensor, Owner]]) -> int | None:
-    """Bytes of the states that parameters would have with their owners, after a step.
+    """Return the bytes of the states that parameters would have with their owners, after a step.
 
     None if no optimizer like one of the owners can be made and stepped: its constructor wants more than is in its
     groups, or its step wants a closure, or other gradients than dense ones.
@@ -54,7 +54,7 @@ def derived_nbytes(owned: Iterable[tuple[Tensor, Owner]]) -> int | None:
 
 
 def _after_a_step(optimizer: Optimizer, group: Mapping[str, Any], parameters: list[Tensor]) -> int:
-    """Bytes of the states of ``parameters`` if they were in ``group`` of ``optimizer``."""
+    """Return the bytes of the states of ``parameters`` if they were in ``group`` of ``optimizer``."""
     kinds = [(_small_shape(tuple(p.shape)), p.dtype, p.device) for p in parameters]
     smalls = {kind: nn.Parameter(torch.ones(kind[0], dtype=kind[1], device=kind[2])) for kind in kinds}
     for small in smalls.values():
@@ -79,7 +79,7 @@ def _small_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _grown(entry: Tensor, small: tuple[int, ...], large: tuple[int, ...]) -> int:
-    """Bytes of ``entry``, of the state of a parameter of shape ``small``, in that of one of shape ``large``."""
+    """Return the bytes that ``entry``, of a parameter of shape ``small``, has for one of shape ``large``."""
     size = nbytes([entry])
     if entry.numel() == 1:
         return size

@@ -104,7 +104,7 @@ class MemoryReport:
         return Table(("Memory", *columns), rows, below, right=tuple(columns))
 
     def __str__(self) -> str:
-        """The table."""
+        """Return the table."""
         return self.table().plain()
 
     def _repr_html_(self) -> str:
@@ -147,6 +147,6 @@ def _cell(memory: Memory, part: str) -> str:
 
 
 def _human(size: float) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
+    """Write bytes in the unit that leaves one to four digits before the point."""
     power = min(max(abs(int(size)).bit_length() - 1, 0) // 10, 3)
     return f"{size / 1024**power:.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

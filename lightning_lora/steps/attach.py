@@ -36,7 +36,7 @@ class Handle:
         self._hooks = hooks
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer."""
+        """Take the hooks off the optimizer."""
         for hook in self._hooks:
             hook.remove()
         self._attached.release()
@@ -44,7 +44,7 @@ class Handle:
 
 
 def attach(module: nn.Module, optimizer: Optimizer) -> Handle:
-    """Does what the adapters of ``module`` ask for after each real step of ``optimizer``.
+    """Do what the adapters of ``module`` ask for after each real step of ``optimizer``.
 
     For Fabric and plain torch; with a Trainer, :class:`~lightning_lora.LoRA` does it. Three options need it:
 
@@ -219,7 +219,7 @@ def _has_consequences(place: Place, options: Options) -> bool:
 
 
 def _caller() -> FrameType | None:
-    """The frame that called the caller of this: for a hook, the one of the ``step`` that it belongs to."""
+    """Return the frame that called the caller of this: for a hook, the one of the ``step`` that it belongs to."""
     frame = inspect.currentframe()
     assert frame is not None
     assert frame.f_back is not None
@@ -227,7 +227,7 @@ def _caller() -> FrameType | None:
 
 
 def _is_running(call: FrameType | None, frame: FrameType | None) -> bool:
-    """Whether ``call`` is ``frame`` or one below it on the stack; one that an exception has ended is not."""
+    """Return whether ``call`` is ``frame`` or one below it on the stack; one that an exception has ended is not."""
     while call is not None and frame is not None:
         if frame is call:
             return True
@@ -246,7 +246,7 @@ class Follower:
         """The trained tensors before the step, in shards where they are sharded."""
 
     def check(self, optimizer: Optimizer, owned: set[Tensor]) -> None:
-        """Raises ``LoRAError`` if ``optimizer`` cannot be followed."""
+        """Raise ``LoRAError`` if ``optimizer`` cannot be followed."""
         if isinstance(optimizer, LBFGS):
             raise LoRAError(
                 "LBFGS computes the loss several times for a step, and the weight of"
@@ -293,7 +293,7 @@ class Follower:
         self.adapter.lost = now.lost
 
     def is_drawn(self) -> bool:
-        """Whether the factors are drawn anew after this step."""
+        """Return whether the factors are drawn anew after this step."""
         every = self.options.resample_every_n_steps
         return every is not None and self.adapter.steps % every == 0
 

@@ -20,7 +20,7 @@ DOUBLINGS = 12
 
 
 def check_moments(optimizer: Optimizer, moments: str) -> None:
-    """Raises ``LoRAError`` if what ``optimizer`` keeps is not known, so that only a reset is safe."""
+    """Raise ``LoRAError`` if what ``optimizer`` keeps is not known, so that only a reset is safe."""
     if moments != "reset" and not isinstance(optimizer, SGD | Adam | AdamW):
         raise LoRAError(
             f"`resample_moments={moments!r}` supports SGD, Adam and AdamW, and what {type(optimizer).__name__} keeps"
@@ -29,7 +29,7 @@ def check_moments(optimizer: Optimizer, moments: str) -> None:
 
 
 def warn_of_decay(optimizer: Optimizer, factors: set[nn.Parameter]) -> None:
-    """Warns if ``optimizer`` shrinks ``factors``, both of them drawn."""
+    """Warn if ``optimizer`` shrinks ``factors``, both of them drawn."""
     for group in optimizer.param_groups:
         if group.get("weight_decay") and not factors.isdisjoint(group["params"]):
             warn(
@@ -85,7 +85,7 @@ def forget(adapter: Adapter, optimizer: Optimizer) -> None:
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    """The inverse of ``gram`` (r, r), symmetric and not negative, whose small eigenvalues are hardly inverted.
+    """Return the inverse of ``gram`` (r, r), symmetric and not negative; small eigenvalues are hardly inverted.
 
     A square projection, of a rank as large as its side, can be nearly singular. With a bound b of the eigenvalues, the
     series (1 + E + E^2 + ...) / b of E = 1 - gram / b has 2^12 terms here, taken by twelve doublings. An eigenvalue l

@@ -16,7 +16,7 @@ from lightning_lora.weights.quantized import numel
 
 
 def print_summary(module: nn.Module) -> None:
-    """Prints what is adapted in ``module`` and how much of it is trained; a rich table where rich is installed."""
+    """Print what is adapted in ``module`` and how much of it is trained; a rich table where rich is installed."""
     header = ("Adapted modules", "Count", "Type", "Weight", "Rank", "Params")
     Table(header, _rows(module), _totals(module), right=("Count", "Rank", "Params")).print()
 
@@ -50,14 +50,14 @@ def _ranks_asked_for(module: nn.Module) -> dict[str, int]:
 
 
 def _rank(adapter: Adapter, asked: int) -> str:
-    """The adapter's rank, and why it is lower than the one asked for."""
+    """Return the adapter's rank, and why it is lower than the one asked for."""
     full = min(adapter.A.shape[-1], adapter.B.shape[-1])
     why = "" if adapter.rank >= asked else " (full)" if adapter.rank == full else f" (not {asked})"
     return f"{adapter.rank}{why}"
 
 
 def _is_no_smaller(adapter: Adapter) -> bool:
-    """Whether A and B have at least as many entries as the weight: r (m + n) >= m n."""
+    """Return whether A and B have at least as many entries as the weight: r (m + n) >= m n."""
     m, n = adapter.B.shape[-1], adapter.A.shape[-1]
     return adapter.rank * (m + n) >= m * n
 

@@ -43,10 +43,10 @@ def halves(key: Key, first: int, count: int, device: torch.device) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """``x``, shifted to the right, with zeros from the left."""
+    """Return ``x``, shifted to the right, with zeros from the left."""
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def _signed(number: int) -> int:
-    """The lowest 32 bits of ``number``, as a signed number."""
+    """Return the lowest 32 bits of ``number``, as a signed number."""
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)

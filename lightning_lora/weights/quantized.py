@@ -45,7 +45,7 @@ class Quantized(Storage):
         raise NotImplementedError
 
     def noted_dtype(self) -> torch.dtype:
-        """The dtype of the weight that was quantised, as far as the library notes it."""
+        """Return the dtype of the weight that was quantised, as far as the library notes it."""
         return torch.float32
 
     @torch.no_grad()
@@ -83,11 +83,11 @@ class Quantized(Storage):
         return seen(self.tensors()[0])
 
     def fingerprint(self) -> str:
-        """The dtype and shape of the plain weight, how it is stored, and the SHA-256 of all that is stored."""
+        """Return dtype and shape of the plain weight, how it is stored, and the SHA-256 of all that is stored."""
         return f"{str(self.dtype).removeprefix('torch.')}:{'x'.join(map(str, self.shape))}:{self._stored()}"
 
     def has(self, expected: str) -> bool:
-        """Whether ``expected``, a fingerprint, is of what is stored here; in which dtype it is stated is no matter."""
+        """Return whether ``expected`` is the fingerprint of what is stored here, stated in whatever dtype."""
         return expected.split(":", 1)[-1] == self.fingerprint().split(":", 1)[-1]
 
     def _stored(self) -> str:
@@ -202,7 +202,7 @@ class TorchAO(Quantized):
         return self.weight.data.dequantize().to(torch.float32, copy=True)
 
     def has(self, expected: str) -> bool:
-        """Some are cast with the module around them, which Lightning does after it loads a file."""
+        """Leave out the dtypes: Lightning casts some with the module around them, after it loads a file."""
         if super().has(expected):
             return True
         if not is_quantized(expected):
@@ -223,7 +223,7 @@ def _form(tensor: Any) -> tuple[Any, ...]:
 
 
 def _inner(tensor: Any) -> list[Tensor]:
-    """The plain tensors that a tensor of a subclass is made of."""
+    """Return the plain tensors that a tensor of a subclass is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
@@ -235,12 +235,12 @@ def _dtype_of(expected: str) -> torch.dtype:
 
 
 def is_quantized(expected: str) -> bool:
-    """Whether ``expected`` is the fingerprint of what a quantised layer stores."""
+    """Return whether ``expected`` is the fingerprint of what a quantised layer stores."""
     return expected.count(":") == 3
 
 
 def _dtype_of_the_rest(root: nn.Module) -> torch.dtype | None:
-    """The dtype of the first parameter of floating point in ``root`` that is in no quantised layer and no adapter."""
+    """Return the dtype of the first floating-point parameter in ``root`` of no quantised layer and no adapter."""
     if not any(kind.stores(root, "weight") for kind in (FourBit, Int8, TorchAO)):
         for parameter in root._parameters.values():
             if parameter is not None and parameter.is_floating_point():
@@ -267,7 +267,7 @@ def without_extras(state: dict[str, Any], stored: Mapping[str, Storage]) -> None
 
 
 def quantize(stored: Iterable[Storage], device: torch.device) -> None:
-    """Moves to ``device`` the layers that bitsandbytes quantises when they are moved there for the first time."""
+    """Move to ``device`` the layers that bitsandbytes quantises when they are moved there for the first time."""
     for weight in stored:
         if isinstance(weight, Quantized) and not weight.packed and not weight.weight.is_meta:
             weight.module.to(device)

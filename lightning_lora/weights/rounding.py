@@ -9,7 +9,7 @@ from lightning_lora.weights import counter
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, key: counter.Key, first: int = 0) -> Tensor:
-    """Rounds ``x`` to one of its two neighbours in ``dtype``, so that the expectation is ``x``.
+    """Round ``x`` to one of its two neighbours in ``dtype``, so that the expectation is ``x``.
 
     With the neighbours a <= x <= b, b is taken with the probability (x - a) / (b - a), by 16 random bits an entry.
 

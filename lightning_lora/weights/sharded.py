@@ -61,7 +61,7 @@ class Sharded(Storage):
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is spread over processes."""
+    """Return whether ``tensor`` is spread over processes."""
     if type(tensor) in (Tensor, nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor
@@ -70,7 +70,7 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``module`` has parameters of which this process holds a part."""
+    """Return whether ``module`` has parameters of which this process holds a part."""
     if not dist.is_available() or not dist.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -136,7 +136,7 @@ def assign(tensor: Tensor, value: Tensor) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees what a forward without a backward has gathered, so that ``module`` has its sharded parameters again."""
+    """Free what a forward without a backward has gathered, so that ``module`` has its sharded parameters again."""
     if not is_sharded(module):
         return
     from torch.distributed.fsdp import FSDPModule
@@ -181,7 +181,7 @@ def makes_states(optimizer: Optimizer) -> bool:
 
 
 def _any_element(tensors: Iterable[Tensor]) -> bool:
-    """Whether any element of ``tensors`` is not zero, in any process."""
+    """Return whether any element of ``tensors`` is not zero, in any process."""
     found = [bool((tensor.to_local() if is_shard(tensor) else tensor).any()) for tensor in tensors]  # type: ignore[attr-defined]
     anywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(anywhere, any(found))

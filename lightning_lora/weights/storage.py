@@ -48,15 +48,15 @@ class Storage:
         return tuple(self.weight.shape)
 
     def trouble(self) -> str | None:
-        """Why the weight cannot get an adapter, where it cannot: what follows "The weight of x"."""
+        """Say why the weight cannot get an adapter, where it cannot: what follows "The weight of x"."""
         return None
 
     def tensors(self) -> list[Tensor]:
-        """All that this process stores of the weight."""
+        """Return all that this process stores of the weight."""
         return [self.weight.data]
 
     def full(self) -> Tensor:
-        """The full plain tensor, the weight itself or a copy. Of a shard, all ranks call this together."""
+        """Return the full plain tensor, the weight itself or a copy. Of a shard, all ranks call this together."""
         return self.weight
 
     @torch.no_grad()
@@ -74,17 +74,17 @@ class Storage:
         step(self.weight, None)
 
     def misfit(self, value: Tensor) -> str | None:
-        """Why ``value``, from a state dict, cannot be copied into the weight, where torch would not say it."""
+        """Say why ``value``, from a state dict, cannot be copied into the weight, where torch would not say it."""
         return None
 
     def seen(self) -> tuple[Any, ...]:
-        """What changes when the weight is written to."""
+        """Return what changes when the weight is written to."""
         return seen(self.weight)
 
     def fingerprint(self) -> str:
-        """What tells the frozen weight from others, wherever it is."""
+        """Return what tells the frozen weight from others, wherever it is."""
         return fingerprint(self.full())
 
     def has(self, expected: str) -> bool:
-        """Whether ``expected`` is the fingerprint of the weight."""
+        """Return whether ``expected`` is the fingerprint of the weight."""
         return self.fingerprint() == expected

@@ -88,7 +88,7 @@ def decoded(
 
 
 def _rows_in_A(layer: str, stacked: bool, version: Version | None) -> bool:
-    """Whether ``lora_A`` is R, the factor of the rows, in files of a version of PEFT; files need not say which."""
+    """Return whether ``lora_A`` is R, the factor of the rows, as one version of PEFT has it; files need not say."""
     if not stacked:
         return layer in TRANSPOSED
     if version is None or version < (0, 19):

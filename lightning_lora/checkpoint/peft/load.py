@@ -63,7 +63,7 @@ def check_beside_files(options: Options) -> None:
 
 
 def load(module: nn.Module, folder: str | os.PathLike[str], options: Options, root: str = "") -> Injection:
-    """:func:`load_peft` for options that have been validated; those of the injection say what the files do."""
+    """Do what :func:`load_peft` does, for validated options; those of the injection say what the files do."""
     check_beside_files(options)
     files = Folder(Path(folder))
     module = unwrapped(module)

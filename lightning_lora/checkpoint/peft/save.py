@@ -297,7 +297,7 @@ class _Export:
         return sorted(whole)
 
     def _may_save(self, name: str, whole: Iterable[str]) -> bool:
-        """Whether PEFT, which goes by the ends of names, takes ``name`` for nothing but modules that are saved."""
+        """Return whether PEFT, which goes by the ends of names, takes ``name`` only for modules that are saved."""
         wrapped = any(f".{name}." in f".{owner}." for owner in self.wraps)
         return not wrapped and all(module in whole for module in self.inside if module.endswith(name))
 
