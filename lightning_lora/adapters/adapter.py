@@ -356,7 +356,7 @@ class Adapter(nn.Module):
         return self.delta(*self.increment(), dtype)
 
     def delta(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return ``scale * B.T @ A``, differentiable, in the weight's layout, whole or some rows, in ``dtype`` or more."""
+        """Return ``scale * B.T @ A``, differentiable, in the weight's layout, all rows or some; ``dtype`` or more."""
         dtype = torch.promote_types(A.dtype, dtype)
         A, B = A.to(dtype), B.to(dtype)
         with torch.autocast(A.device.type, enabled=False):
