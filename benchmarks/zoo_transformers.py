@@ -135,6 +135,7 @@ def build(kind: str) -> tuple[nn.Module, dict[str, Tensor], list[Tensor]]:
         assert sum(p.numel() for p in model.parameters()) <= LARGEST, "it has too many weights"
         inputs = inputs_of(model)
         outputs = outputs_of(model, inputs)
+        assert max(y.abs().max().item() for y in outputs if y.numel()) > 1e-30, "its output underflows"
         loss_of(outputs).backward()
         model.zero_grad()
     except Exception as error:  # whatever a configuration of random sizes raises
@@ -215,8 +216,10 @@ def page(results: Mapping[str, Any]) -> str:
         f"- The merged model's output against a plain model's with its state dict: {worst['loaded']:.0e} at most.",
         "",
     ]
-    for kind, why in {**errors, **failed}.items():
-        lines.append(f"- `{kind}` fails: {why}")
+    for kind, found in failed.items():
+        beyond = (f"{name} {found[name]:.1e} > {bound:.0e}" for name, bound in BOUNDS.items() if found[name] > bound)
+        lines.append(f"- `{kind}` fails: {', '.join(beyond)}")
+    lines += [f"- `{kind}` fails: {why}" for kind, why in errors.items()]
     lines += ["", ", ".join(f"`{kind}`" for kind in measured if kind not in failed) + ".", ""]
     return "\n".join(lines)
 
