@@ -36,7 +36,7 @@ class Policy(LightningModule):
         learning_rate: Of AdamW.
     """
 
-    def __init__(self, name_or_path: str = BUNDLED, beta: float = 0.1, learning_rate: float = 2e-4) -> None:
+    def __init__(self, name_or_path: str = BUNDLED, beta: float = 0.1, learning_rate: float = 5e-4) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.beta, self.learning_rate = beta, learning_rate
